@@ -1,0 +1,57 @@
+"""Digital-to-analog and analog-to-digital converters: symmetric, uniform, half-to-even, straight-through.
+
+The arithmetic is that of aihwkit-lightning 2.x (`inp_res=254, out_res=254` for 8 bits): `2**bits - 2` steps over
+[-range, range], so 8 bits have the codes -127 ... 127.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from hetmoe.errors import InputError
+
+
+def steps(bits: int) -> int:
+    """Number of converter steps over the whole range, `2**bits - 2`.
+
+    Raises:
+        InputError: for bits that are not a whole number from 2 to 16.
+    """
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 16:
+        raise InputError(f"converter bits={bits!r} must be a whole number from 2 to 16, or None for an ideal converter")
+    return 2**bits - 2
+
+
+@jax.custom_jvp
+def round_half_even(x: Array) -> Array:
+    """Rounds to the nearest integer, ties to even; its derivative is that of the identity (straight-through)."""
+    return jax.lax.round(x, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
+
+
+@round_half_even.defjvp
+def _round_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return round_half_even(primals[0]), tangents[0]
+
+
+def step_size(bound: Float[Array, "..."], bits: int) -> Float[Array, "..."]:
+    """`2 * bound / steps`, and 1 where the bound is zero (every value is then clipped to zero anyway)."""
+    return jnp.where(bound > 0, 2.0 * bound / steps(bits), 1.0)
+
+
+def convert(x: Float[Array, "..."], bound: Float[Array, "..."], bits: int) -> Float[Array, "..."]:
+    """Clips to [-bound, bound] and rounds to the nearest of the converter's levels; `bound` broadcasts against `x`.
+
+    Serves the DAC (bound = input range) and the ADC (bound = input range * lambda * weight maximum) alike: clipping
+    before or after rounding is the same, since the bound is itself a level.
+    """
+    step = step_size(bound, bits)
+    return round_half_even(divide(jnp.clip(x, -bound, bound), step)) * step
+
+
+def divide(x: Array, step: Array) -> Array:
+    """`x / step`, correctly rounded on every backend.
+
+    XLA on CPU turns division by a broadcast value into multiplication by its reciprocal, which is one bit off in 41 %
+    of quotients and flips half of the exact ties; a barrier on the broadcast divisor prevents it.
+    """
+    return x / jax.lax.optimization_barrier(jnp.broadcast_to(step, x.shape))

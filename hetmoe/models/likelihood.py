@@ -1,0 +1,37 @@
+"""Log-likelihoods without ever holding the logits of the whole text."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+CHUNK = 256  # tokens whose logits are held at once: with a vocabulary of 4096 they fit in cache, twice as fast on CPU
+
+
+def choice_log_probs(
+    logits_of: Callable[[Array, Array], Array],
+    hidden: Float[Array, "tokens hidden"],
+    choices: Int[Array, "tokens choices"],
+) -> Float[Array, "tokens choices"]:
+    """Log-probabilities (nats, float32) of some next tokens at every position.
+
+    Args:
+        logits_of: (hidden states of a chunk, number of its first token) -> logits.
+        hidden: final hidden states.
+        choices: token ids whose log-probability is wanted, for instance the true next token alone.
+    """
+    count = hidden.shape[0]
+    chunk = min(CHUNK, count)
+    pad = -count % chunk
+    hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, chunk, hidden.shape[1])
+    wanted = jnp.pad(choices, ((0, pad), (0, 0))).reshape(-1, chunk, choices.shape[1])
+
+    @jax.checkpoint  # the backward pass recomputes a chunk's logits instead of storing all of them
+    def one(part: tuple[Array, Array, Array]) -> Array:
+        rows, ids, first = part
+        logits = logits_of(rows, first)
+        return jnp.take_along_axis(logits, ids, axis=1) - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+
+    first_rows = jnp.arange(hidden.shape[0], dtype=jnp.uint32) * chunk
+    return jax.lax.map(one, (hidden, wanted, first_rows)).reshape(-1, choices.shape[1])[:count]
