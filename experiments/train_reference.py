@@ -201,7 +201,7 @@ def train(out: Path, splits: dict[str, Split], steps: int, recipe: Recipe) -> No
 def main(
     out: Annotated[Path, typer.Option(help="Working directory of the run.")],
     text: Annotated[Path | None, typer.Option(help="Folder of UTF-8 .txt files instead of the three sources.")] = None,
-    steps: Annotated[int, typer.Option(help="Optimiser steps of 4096 tokens.")] = 5600,
+    steps: Annotated[int, typer.Option(help="Optimiser steps of 4096 tokens.")] = 4400,
     seed: Annotated[int, typer.Option(help="Seed of initialisation and sampling.")] = 0,
 ) -> None:
     """Train (or resume training) the reference model."""

@@ -1,0 +1,48 @@
+"""hetmoe: mixture-of-experts language models with most experts on noisy analog crossbars."""
+
+from hetmoe.analog.calibration import Calibration, RangeMethod
+from hetmoe.analog.devices import DEVICES, get_device
+from hetmoe.analog.programming import ProgrammedWeights, program
+from hetmoe.analog.read_noise import ReadNoise, make_read_noise
+from hetmoe.analog.spec import AnalogSpec, analog_spec
+from hetmoe.errors import InputError
+from hetmoe.evaluate.calibrate import calibrate
+from hetmoe.models.config import ModelConfig
+from hetmoe.models.hf import Model, load_model, save_model
+from hetmoe.models.params import Params
+from hetmoe.models.transformer import forward
+from hetmoe.ops.crossbar_matmul.api import crossbar_matmul
+from hetmoe.placement.plan import Plan, all_analog, all_digital, experts_analog, place
+from hetmoe.placement.plan_file import load_plan, save_plan
+from hetmoe.placement.scores import RULES, score_experts
+
+__all__ = [
+    "DEVICES",
+    "RULES",
+    "AnalogSpec",
+    "Calibration",
+    "InputError",
+    "Model",
+    "ModelConfig",
+    "Params",
+    "Plan",
+    "ProgrammedWeights",
+    "RangeMethod",
+    "ReadNoise",
+    "all_analog",
+    "all_digital",
+    "analog_spec",
+    "calibrate",
+    "crossbar_matmul",
+    "experts_analog",
+    "forward",
+    "get_device",
+    "load_model",
+    "load_plan",
+    "make_read_noise",
+    "place",
+    "program",
+    "save_model",
+    "save_plan",
+    "score_experts",
+]

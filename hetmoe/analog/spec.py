@@ -37,7 +37,7 @@ def analog_spec(
     drift_compensation: bool = False,
     dac_bits: int | None = 8,
     adc_bits: int | None = 8,
-    adc_bound: float = 12.0,
+    adc_bound: float = 3.0,
     bound_axis: str = "tile",
     tile_rows: int = 512,
     read_noise: ReadNoise | None = None,
@@ -49,7 +49,8 @@ def analog_spec(
         noise_scale: c >= 0.
         time_s: seconds after programming, or None. Devices fitted at fixed times accept those only.
         drift_compensation: scale every tile digitally so that its mean |weight| is again that at programming.
-        dac_bits, adc_bits, adc_bound, bound_axis, tile_rows: see `hetmoe.crossbar_matmul`.
+        dac_bits, adc_bits, adc_bound, bound_axis, tile_rows: see `hetmoe.crossbar_matmul`. The default lambda of 3 goes
+            with ranges of 12 standard deviations (`RangeMethod`); `experiments/converter_ranges.py` shows why.
         read_noise: see `hetmoe.analog.read_noise`.
 
     Raises:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from hetmoe.errors import InputError
 
@@ -62,7 +62,7 @@ class ModelConfig:
             raise InputError(f"model config: clip_qkv={self.clip_qkv!r} must be positive, or None for off")
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any], *, source: str = "config.json") -> Self:
+    def from_hf(cls, config: Mapping[str, Any], *, source: str = "config.json") -> "ModelConfig":
         """Reads the `config.json` of a Hugging Face OLMoE checkpoint (transformers 4 or 5 spelling).
 
         Fields that change the arithmetic and are not supported are refused by name, never ignored.
@@ -119,7 +119,7 @@ class ModelConfig:
         )
 
     @classmethod
-    def from_file(cls, path: Path) -> Self:
+    def from_file(cls, path: Path) -> "ModelConfig":
         """Reads a `config.json`. Raises InputError for a file that is absent or is not JSON."""
         try:
             return cls.from_hf(json.loads(path.read_text(encoding="utf-8")), source=str(path))

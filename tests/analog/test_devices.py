@@ -185,7 +185,8 @@ def test_gradients_are_finite(name):
 def test_noise_is_linear_in_the_noise_scale(name):
     """With the same draws, away from clipping; the idle device of a pair, clipped at zero, is linear as well."""
     device = get_device(name)
-    values = np.random.default_rng(1).uniform(0.5, 1.0, (40, 30)) * np.random.default_rng(2).choice([-1, 1], (40, 30))
+    shape = make_weights().shape
+    values = np.random.default_rng(1).uniform(0.5, 1.0, shape) * np.random.default_rng(2).choice([-1, 1], shape)
     w = jnp.asarray(values, jnp.float32)
     noise = [program(device, w, noise_scale=jnp.float32(c)).initial - w for c in (0.125, 0.25, 0.5)]
     assert float(jnp.std(noise[0])) > 1e-5

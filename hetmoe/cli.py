@@ -1,0 +1,113 @@
+"""Command line: parses, calls, prints. Bad input is one line on stderr and exit code 2."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hetmoe.errors import InputError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Run mixture-of-experts language models with most experts on noisy analog crossbars.",
+)
+
+MODEL = Annotated[str, typer.Argument(help="Model directory, or 'reference' for the embedded model.")]
+DTYPE = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")]
+RULE = Annotated[
+    str,
+    typer.Option(help="max_neuron_norm, activation_frequency, activation_weight, router_norm or random."),
+]
+DOWN_AXIS = Annotated[str, typer.Option(help="What a neuron of 'down' is: hidden or output.")]
+TEXT = Annotated[Path | None, typer.Option(help="UTF-8 text; default: the embedded held-out text.")]
+SEQ = Annotated[int, typer.Option(help="Tokens predicted per window; windows do not overlap.")]
+
+
+@app.command(epilog="Example: hetmoe info reference")
+def info(model: MODEL = "reference", dtype: DTYPE = None, json_file: Annotated[
+    Path | None, typer.Option("--json", help="Write the same as JSON.")] = None) -> None:  # fmt: skip
+    """Describe a model: architecture, parameters by module, memory, tokenizer."""
+    from hetmoe.commands.info import run  # imports of JAX wait until a command needs them
+
+    run(model, dtype, json_file)
+
+
+@app.command(epilog="Example: hetmoe place reference --rule max_neuron_norm --digital 0.125 -o plan.json")
+def place(
+    model: MODEL = "reference",
+    rule: RULE = "max_neuron_norm",
+    digital: Annotated[float, typer.Option(help="Fraction of each layer's experts to keep digital.")] = 0.125,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan here.")] = None,
+    text: TEXT = None,
+    tokens: Annotated[int, typer.Option(help="Most tokens for the activation rules.")] = 16384,
+    seq: SEQ = 256,
+    seed: Annotated[int, typer.Option(help="Seed of rule 'random'.")] = 0,
+    down_axis: DOWN_AXIS = "hidden",
+    dtype: DTYPE = None,
+) -> None:
+    """Score experts and decide which stay digital."""
+    from hetmoe.commands.place import run
+
+    run(model, rule, digital, output, text, tokens, seq, seed, down_axis, dtype)
+
+
+@app.command(
+    epilog="Example: hetmoe eval reference --digital 0.125 --device pcm --noise-scale 0 --noise-scale 5 --seeds 8 "
+    "--plot sweep.png"
+)
+def eval(  # noqa: A001
+    model: MODEL = "reference",
+    rule: RULE = "max_neuron_norm",
+    digital: Annotated[list[float] | None, typer.Option(help="Fraction of digital experts; repeatable.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="Evaluate a saved plan too.")] = None,
+    device: Annotated[str, typer.Option(help="Memory device; see hetmoe.analog.devices.DEVICES.")] = "pcm",
+    noise_scale: Annotated[list[float] | None, typer.Option(help="Scale c of programming noise; repeatable.")] = None,
+    time: Annotated[float | None, typer.Option(help="Seconds from programming to reading (drift, read noise).")] = None,
+    drift_compensation: Annotated[bool, typer.Option(help="Undo the mean drift of every tile.")] = False,
+    seeds: Annotated[int, typer.Option(help="Noise seeds.")] = 8,
+    seed: Annotated[int, typer.Option(help="Base seed.")] = 0,
+    text: TEXT = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens to evaluate; default 16384, or what there is.")] = None,
+    seq: SEQ = 256,
+    batch: Annotated[int, typer.Option(help="Windows run at once.")] = 16,
+    input_range: Annotated[str, typer.Option(help="DAC ranges: ema_std, quantile, max, or dynamic.")] = "ema_std",
+    range_k: Annotated[float, typer.Option(help="K of the ema_std range.")] = 12.0,
+    adc_bound: Annotated[float, typer.Option(help="Lambda: ADC bound over input range times weight maximum.")] = 3.0,
+    bound_axis: Annotated[str, typer.Option(help="Weight maximum of the ADC bound: tile or column.")] = "tile",
+    dac_bits: Annotated[int, typer.Option(help="DAC bits; 0 = ideal.")] = 8,
+    adc_bits: Annotated[int, typer.Option(help="ADC bits; 0 = ideal.")] = 8,
+    tile_rows: Annotated[int, typer.Option(help="Rows of a crossbar tile.")] = 512,
+    down_axis: DOWN_AXIS = "hidden",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16 for weights and activations.")] = "float32",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write results with provenance.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a PNG with error bands.")] = None,
+) -> None:
+    """Perplexity, bits per byte and next-word accuracy of placements over noise scales and seeds."""
+    from hetmoe.commands.evaluate import EvalRequest, run
+
+    run(
+        EvalRequest(
+            model=model, rule=rule, fractions=[0.125] if digital is None else digital, plan=plan, device=device,
+            noise_scales=[1.0] if noise_scale is None else noise_scale, time_s=time,
+            drift_compensation=drift_compensation, seeds=seeds, seed=seed, text=text, tokens=tokens, seq=seq,
+            batch=batch, input_range=input_range, range_k=range_k, adc_bound=adc_bound, bound_axis=bound_axis,
+            dac_bits=dac_bits or None, adc_bits=adc_bits or None, tile_rows=tile_rows, down_axis=down_axis,
+            dtype=dtype, json_file=json_file, plot=plot,
+        )
+    )  # fmt: skip
+
+
+def main() -> None:
+    """Entry point of the `hetmoe` command."""
+    try:
+        app()
+    except InputError as error:
+        print(f"hetmoe: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

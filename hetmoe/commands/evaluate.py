@@ -1,0 +1,223 @@
+"""`hetmoe eval`: the main job, from a request to tables, a figure and a record."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from hetmoe.analog.calibration import Calibration, RangeMethod
+from hetmoe.analog.spec import AnalogSpec, analog_spec, describe
+from hetmoe.commands.common import WINDOWS_TO_CALIBRATE, choose_text, write_json
+from hetmoe.errors import InputError
+from hetmoe.evaluate.calibrate import calibrate
+from hetmoe.evaluate.next_word import word_questions
+from hetmoe.evaluate.noise_sweep import (
+    Placement, Point, TextSize, digital_point, evaluations, noise_sweep, random_placement,
+)  # fmt: skip
+from hetmoe.evaluate.plot import plot_sweep
+from hetmoe.evaluate.provenance import provenance
+from hetmoe.evaluate.run import make_batches
+from hetmoe.evaluate.text import Windows, load_windows, split_windows
+from hetmoe.files import check_writable, write_bytes
+from hetmoe.models.hf import Model, fingerprint, load_model, parse_dtype
+from hetmoe.placement.plan import all_analog, digital_count, experts_analog, place
+from hetmoe.placement.plan_file import load_plan
+from hetmoe.placement.scores import RULES, score_experts
+
+DEFAULT_TOKENS = 16384
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalRequest:
+    """The options of `hetmoe eval`, named as there."""
+
+    model: str
+    rule: str
+    fractions: list[float]
+    plan: Path | None
+    device: str
+    noise_scales: list[float]
+    time_s: float | None
+    drift_compensation: bool
+    seeds: int
+    seed: int
+    text: Path | None
+    tokens: int | None
+    seq: int
+    batch: int
+    input_range: str
+    range_k: float
+    adc_bound: float
+    bound_axis: str
+    dac_bits: int | None
+    adc_bits: int | None
+    tile_rows: int
+    down_axis: str
+    dtype: str
+    json_file: Path | None
+    plot: Path | None
+
+    def check(self) -> None:
+        """Raises InputError for values that need neither model nor text to be seen wrong."""
+        for name in ("seeds", "seq", "batch"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} {getattr(self, name)} must be at least 1")
+        if self.seed < 0:
+            raise InputError(f"--seed {self.seed} must be at least 0")
+        if self.tokens is not None and self.tokens < self.seq:
+            raise InputError(f"--tokens {self.tokens} is less than one window of --seq {self.seq}")
+        if self.rule not in RULES:
+            raise InputError(f"unknown rule {self.rule!r}: use one of {', '.join(RULES)}")
+        for fraction in self.fractions:
+            digital_count(fraction, 1)
+        if len(set(self.noise_scales)) != len(self.noise_scales) or len(set(self.fractions)) != len(self.fractions):
+            raise InputError("--noise-scale and --digital may each name a value only once")
+        for scale in self.noise_scales:
+            self.spec(scale)
+        if self.input_range != "dynamic":
+            self.range_method()
+        parse_dtype(self.dtype)
+        for path in (self.json_file, self.plot):
+            if path is not None:
+                check_writable(path)
+
+    def spec(self, noise_scale: float) -> AnalogSpec:
+        """The analog hardware at one noise scale."""
+        return analog_spec(
+            self.device, noise_scale=noise_scale, time_s=self.time_s, drift_compensation=self.drift_compensation,
+            dac_bits=self.dac_bits, adc_bits=self.adc_bits, adc_bound=self.adc_bound, bound_axis=self.bound_axis,
+            tile_rows=self.tile_rows,
+        )  # fmt: skip
+
+    def range_method(self) -> RangeMethod:
+        """How DAC ranges are calibrated."""
+        return RangeMethod(method=self.input_range, k=self.range_k)  # pyright: ignore[reportArgumentType]
+
+
+def run(request: EvalRequest) -> None:
+    """Evaluates and reports."""
+    request.check()
+    started = time.perf_counter()
+    console = Console()
+    model = load_model(request.model, request.dtype)
+    files = choose_text(request.text)
+    sources = load_windows(model, files, request.seq)
+    to_calibrate = 0 if request.input_range == "dynamic" else WINDOWS_TO_CALIBRATE
+    available = sum(len(s) for s in sources) - to_calibrate
+    count = min(DEFAULT_TOKENS // request.seq, available) if request.tokens is None else request.tokens // request.seq
+    windows, aside = split_windows(sources, max(count, 1), to_calibrate)
+
+    choices, asked = word_questions(windows, sources, request.seed)
+    batches = make_batches(windows, choices, asked, min(request.batch, len(windows)))
+    size = TextSize(tokens=windows.byte_count.size, bytes=int(windows.byte_count.sum()), questions=int(asked.sum()))
+    console.print(
+        f"[bold]{model.name}[/bold]: {size.tokens:,} held-out tokens, {size.bytes:,} bytes, {size.questions:,} "
+        f"next-word questions; device {request.device}, {request.seeds} noise seeds, {jax.devices()[0].device_kind}"
+    )
+    calibration = None
+    if to_calibrate:
+        calibration = calibrate(
+            model.params, aside.tokens[:, :-1], model.config, request.range_method(), tile_rows=request.tile_rows
+        )
+    keys = jax.random.split(jax.random.key(request.seed), request.seeds)
+    placements = make_placements(request, model, aside if to_calibrate else windows, keys)
+    digital = digital_point(model, batches, size)
+    points = _sweep(request, model, calibration, placements, keys, batches, size, console)
+    seconds = time.perf_counter() - started
+
+    for metric, title, factor in (
+        ("perplexity", "Perplexity per token", 1.0),
+        ("bits_per_byte", "Bits per byte", 1.0),
+        ("accuracy", "Next-word accuracy, % of questions with 4 answers", 100.0),
+    ):
+        console.print(_table(title, metric, factor, digital, points))
+    console.print(f"mean ± standard error over {request.seeds} seeds; done in {seconds:.0f} s")
+    if request.plot is not None:
+        title = f"{model.name}: {request.device} programming noise, {size.tokens:,} tokens, {request.seeds} seeds"
+        write_bytes(request.plot, plot_sweep(digital, points, title))
+        console.print(f"figure: {request.plot}")
+    if request.json_file is not None:
+        write_json(request.json_file, _record(request, model, files, size, digital, points, seconds))
+        console.print(f"results: {request.json_file}")
+
+
+def make_placements(request: EvalRequest, model: Model, sample: Windows, keys: jax.Array) -> list[Placement]:
+    """All analog, experts analog, the rule at every fraction, random at every fraction, and a saved plan."""
+    config = model.config
+    lines = [
+        Placement(name="all analog", plans=[all_analog(config)]),
+        Placement(name="experts analog", plans=[experts_analog(config)]),
+    ]
+    if request.plan is not None:
+        lines.append(Placement(name=f"plan {request.plan.stem}", plans=[load_plan(request.plan, model)]))
+    if request.rule != "random":
+        needs_text = request.rule.startswith("activation")
+        scores = score_experts(
+            model, request.rule, tokens=sample.tokens[:, :-1] if needs_text else None, down_axis=request.down_axis,  # pyright: ignore[reportArgumentType]
+        )  # fmt: skip
+        for fraction in request.fractions:
+            lines.append(Placement(name=f"{request.rule} {fraction:.1%} digital", plans=[place(scores, fraction)]))
+    random_keys = jax.random.split(jax.random.fold_in(jax.random.key(request.seed), 1), len(keys))
+    lines.extend(random_placement(f"random {f:.1%} digital", model, f, random_keys) for f in request.fractions)
+    return lines
+
+
+def _sweep(
+    request: EvalRequest, model: Model, calibration: Calibration | None, placements: list[Placement], keys: jax.Array,
+    batches: Any, size: TextSize, console: Console,
+) -> list[Point]:  # fmt: skip
+    spec = request.spec(request.noise_scales[0])
+    total = evaluations(placements, request.noise_scales, spec, request.seeds)
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("noise seeds x placements", total=total)
+        return noise_sweep(
+            model, spec, calibration, placements, request.noise_scales, keys, batches, size,
+            progress=lambda done: bar.advance(task, done),
+        )  # fmt: skip
+
+
+def _table(title: str, metric: str, factor: float, digital: Point, points: list[Point]) -> Table:
+    digits = 3 if metric == "bits_per_byte" else 2
+    scales = list(dict.fromkeys(p.noise_scale for p in points))
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("placement", no_wrap=True)
+    for scale in scales:
+        table.add_column(f"c = {scale:g}", justify="right", no_wrap=True)
+    table.add_row("all digital", *[f"{digital.mean(metric) * factor:.{digits}f}"] * len(scales))
+    for name in dict.fromkeys(p.placement for p in points):
+        cells = []
+        for point in (p for p in points if p.placement == name):
+            error = point.standard_error(metric)
+            spread = "" if error is None else f" ± {error * factor:.{digits}f}"
+            cells.append(f"{point.mean(metric) * factor:.{digits}f}{spread}")
+        table.add_row(name, *cells)
+    return table
+
+
+def _record(
+    request: EvalRequest, model: Model, files: list[Path], size: TextSize, digital: Point, points: list[Point],
+    seconds: float,
+) -> dict[str, Any]:  # fmt: skip
+    options = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(request).items()}
+    keys = jax.random.split(jax.random.key(request.seed), request.seeds)
+    return {
+        "format": "hetmoe-eval-1",
+        "provenance": provenance(),
+        "model": {"name": model.name, "fingerprint": fingerprint(model), "config": dataclasses.asdict(model.config)},
+        "text": {"files": [f.name for f in files], **dataclasses.asdict(size)},
+        "options": options,
+        "analog": {**describe(request.spec(request.noise_scales[0])), "noise_scale": request.noise_scales},
+        "seed_keys": np.asarray(jax.random.key_data(keys)).tolist(),
+        "digital": dataclasses.asdict(digital),
+        "points": [dataclasses.asdict(p) for p in points],
+        "seconds": round(seconds, 1),
+    }

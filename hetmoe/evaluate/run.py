@@ -1,0 +1,139 @@
+"""Perplexity and next-word accuracy over text, digital or over noise seeds, in one compiled function each."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from hetmoe.analog.calibration import Calibration
+from hetmoe.analog.programming import program
+from hetmoe.analog.spec import AnalogSpec
+from hetmoe.evaluate.text import Windows
+from hetmoe.models.config import ModelConfig
+from hetmoe.models.likelihood import choice_log_probs
+from hetmoe.models.params import Params
+from hetmoe.models.transformer import head_logits, hidden_states
+from hetmoe.placement.plan import Plan
+
+READ_STREAM = 0x7EAD  # folded into a seed's key for read noise; far from any layer number, which programming folds in
+
+
+@struct.dataclass
+class Batches:
+    """Evaluation text on the device, `[batches, batch, ...]`; windows that only fill the last batch have weight 0."""
+
+    tokens: Int[Array, "batches batch context"]
+    choices: Int[Array, "batches batch seq choices"]
+    asked: Bool[Array, "batches batch seq"]
+    weight: Float[Array, "batches batch"]
+
+
+class Totals(NamedTuple):
+    """Sums over the text: negative log-likelihood in nats, and credit for next-word questions (`answer_credit`)."""
+
+    nll: Any
+    correct: Any
+
+
+def make_batches(windows: Windows, choices: np.ndarray, asked: np.ndarray, batch: int) -> Batches:
+    """Pads to whole batches and moves to the device."""
+    count = len(windows)
+    pad = -count % batch
+
+    def shape(values: np.ndarray) -> Array:
+        padded = np.concatenate([values, np.repeat(values[:1], pad, axis=0)])
+        return jnp.asarray(padded.reshape(-1, batch, *values.shape[1:]))
+
+    weight = np.concatenate([np.ones(count, np.float32), np.zeros(pad, np.float32)])
+    return Batches(
+        tokens=shape(windows.tokens),
+        choices=shape(choices),
+        asked=shape(asked),
+        weight=jnp.asarray(weight.reshape(-1, batch)),
+    )
+
+
+def _score_batch(params: Params, batch: Batches, config: ModelConfig, analog: dict[str, Any]) -> Totals:
+    """Totals of one batch (leaves of `batch` without their first axis)."""
+    hidden, _, _ = hidden_states(params, batch.tokens[:, :-1], config, **analog)
+    rows, seq, width = hidden.shape
+
+    def logits_of(part: Array, first: Array) -> Array:
+        return head_logits(part, params, first_row=first, **analog)
+
+    choices = batch.choices.reshape(rows * seq, -1)
+    log_probs = choice_log_probs(logits_of, hidden.reshape(rows * seq, width), choices).reshape(rows, seq, -1)
+    weight = batch.weight[:, None]
+    credit = answer_credit(log_probs) * batch.asked.astype(jnp.float32)
+    return Totals(nll=-jnp.sum(log_probs[..., 0] * weight), correct=jnp.sum(credit * weight))
+
+
+def answer_credit(log_probs: Float[Array, "*batch choices"]) -> Float[Array, "*batch"]:
+    """1 if the first choice is the likeliest; shared out when several are equally likely (coarse ADCs make ties)."""
+    best = log_probs == jnp.max(log_probs, axis=-1, keepdims=True)
+    return best[..., 0].astype(jnp.float32) / jnp.sum(best.astype(jnp.float32), axis=-1)
+
+
+NO_ANALOG: dict[str, Any] = {"plan": None, "spec": None, "programmed": None, "calibration": None, "read_key": None}
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def evaluate_digital(params: Params, batches: Batches, config: ModelConfig) -> Totals:
+    """Totals of the digital model."""
+    per_batch = jax.lax.map(lambda batch: _score_batch(params, batch, config, NO_ANALOG), batches)
+    return jax.tree.map(jnp.sum, per_batch)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def evaluate_seeds(
+    params: Params,
+    keys: jax.Array,
+    plans: Plan,
+    spec: AnalogSpec,
+    calibration: Calibration | None,
+    batches: Batches,
+    config: ModelConfig,
+) -> Totals:
+    """Totals `[seeds, placements]`: each seed programs the model once and runs all placements on it.
+
+    Placements therefore share their random numbers, so their differences are free of most of the seeds' spread. Seeds
+    and placements run one after the other (`lax.map`): side by side they would need a copy of the weights each.
+    Compiles once for all noise scales, seeds and placements of one shape.
+
+    Args:
+        params: the model.
+        keys: `[seeds]` noise keys.
+        plans: leaves with leading axes `[seeds, placements]`.
+        spec: analog hardware.
+        calibration: DAC ranges; None = dynamic.
+        batches: text.
+        config: static.
+    """
+    dense = plans.attention is not None
+
+    def one_seed(seed: tuple[jax.Array, Plan]) -> Totals:
+        key, seed_plans = seed
+        programmed = program(key, params, spec, dense=dense)
+
+        def one_placement(plan: Plan) -> Totals:
+            def one_batch(item: tuple[Array, Batches]) -> Totals:
+                index, batch = item
+                read_key = None
+                if spec.read_noise is not None:
+                    read_key = jax.random.fold_in(jax.random.fold_in(key, READ_STREAM), index)
+                analog = {
+                    "plan": plan, "spec": spec, "programmed": programmed,
+                    "calibration": calibration, "read_key": read_key,
+                }  # fmt: skip
+                return _score_batch(params, batch, config, analog)
+
+            per_batch = jax.lax.map(one_batch, (jnp.arange(batches.tokens.shape[0]), batches))
+            return jax.tree.map(jnp.sum, per_batch)
+
+        return jax.lax.map(one_placement, seed_plans)
+
+    return jax.lax.map(one_seed, (keys, plans))

@@ -1,0 +1,39 @@
+"""Writing result files whole or not at all."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from hetmoe.errors import InputError
+
+
+def check_writable(path: Path) -> None:
+    """Raises InputError unless a file can be made at `path`; makes its folder. Call it before long work."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: its folder cannot be made ({error.strerror})") from None
+    if path.is_dir():
+        raise InputError(f"{path}: is a directory; name a file")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path}: its folder is not writable")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes through a temporary file in the same folder, so that a reader never sees half a file."""
+    check_writable(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def write_text(path: Path, content: str) -> None:
+    """UTF-8 text, whole or not at all."""
+    write_bytes(path, content.encode())

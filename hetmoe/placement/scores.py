@@ -1,0 +1,106 @@
+"""Rules that score experts; for every rule a higher score means "keep digital"."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from hetmoe.errors import InputError
+from hetmoe.models.hf import Model
+from hetmoe.models.moe import Routing
+from hetmoe.models.params import Layer, Params
+from hetmoe.models.transformer import hidden_states
+
+DownAxis = Literal["hidden", "output"]
+
+
+def max_neuron_norm(layers: Layer, down_axis: DownAxis = "hidden") -> Float[Array, "layers experts"]:
+    """MaxNNScore: the product over up, gate and down of the largest l2 norm of a neuron's weights (arXiv 2603.02633).
+
+    A neuron of `up` and `gate` is one hidden unit with the weights that feed it. For `down` there are two views:
+    `"hidden"` (default, the two-layer view of the theory): a hidden unit with the weights it sends out;
+    `"output"` (the linear-layer view): an output with the weights that feed it.
+    """
+    if down_axis not in ("hidden", "output"):
+        raise InputError(f"down_axis={down_axis!r} must be 'hidden' or 'output'")
+
+    def largest(w: Array, summed_axis: int) -> Array:
+        return jnp.max(jnp.linalg.norm(w.astype(jnp.float32), axis=summed_axis), axis=-1)
+
+    down = largest(layers.down, -1 if down_axis == "hidden" else -2)
+    return largest(layers.up, -2) * largest(layers.gate, -2) * down
+
+
+def router_norm(layers: Layer) -> Float[Array, "layers experts"]:
+    """The l2 norm of the router's weight vector of each expert."""
+    return jnp.linalg.norm(layers.router.astype(jnp.float32), axis=-2)
+
+
+def activation_frequency(routing: Routing) -> Float[Array, "layers experts"]:
+    """Share of tokens that choose each expert (sums to experts-per-token over a layer)."""
+    return jnp.mean(jnp.sum(_one_hot(routing), axis=-2), axis=-2)
+
+
+def activation_weight(routing: Routing) -> Float[Array, "layers experts"]:
+    """Mean over all tokens of the routing weight given to each expert, 0 for tokens that do not choose it."""
+    return jnp.mean(jnp.sum(_one_hot(routing) * routing.weights[..., None], axis=-2), axis=-2)
+
+
+def _one_hot(routing: Routing) -> Float[Array, "layers tokens copies experts"]:
+    return jax.nn.one_hot(routing.chosen, routing.logits.shape[-1], dtype=jnp.float32)
+
+
+_FROM_ROUTING: dict[str, Callable[[Routing], Array]] = {
+    "activation_frequency": activation_frequency,
+    "activation_weight": activation_weight,
+}
+RULES = ("max_neuron_norm", "activation_frequency", "activation_weight", "router_norm", "random")
+
+
+def score_experts(
+    model: Model,
+    rule: str,
+    *,
+    key: jax.Array | None = None,
+    tokens: Int[Array, "sequences seq"] | None = None,
+    down_axis: DownAxis = "hidden",
+) -> Float[Array, "layers experts"]:
+    """Scores every expert of every MoE layer by one of `RULES`.
+
+    Args:
+        model: a loaded model.
+        rule: name of the rule.
+        key: PRNG key, needed by (and only by) `random`: uniform scores.
+        tokens: text to route, needed by (and only by) the activation rules; run digitally, 16 sequences at a time.
+        down_axis: what a neuron of `down` is, for `max_neuron_norm`.
+
+    Raises:
+        InputError: for an unknown rule, or a missing key or tokens.
+    """
+    if rule not in RULES:
+        raise InputError(f"unknown rule {rule!r}: use one of {', '.join(RULES)}")
+    if rule == "max_neuron_norm":
+        return max_neuron_norm(model.params.layers, down_axis)
+    if rule == "router_norm":
+        return router_norm(model.params.layers)
+    if rule == "random":
+        if key is None:
+            raise InputError("rule 'random' needs a key: pass key=jax.random.key(seed)")
+        return jax.random.uniform(key, (model.config.num_layers, model.config.num_experts))
+    if tokens is None or tokens.ndim != 2 or tokens.shape[0] < 1:
+        raise InputError(f"rule {rule!r} needs tokens [sequences, seq] of sample text")
+    return _mean_over_batches(model, tokens, _FROM_ROUTING[rule])
+
+
+def _mean_over_batches(model: Model, tokens: Array, statistic: Callable[[Routing], Array], batch: int = 16) -> Array:
+    @jax.jit
+    def run(params: Params, part: Array) -> Array:
+        return statistic(hidden_states(params, part, model.config)[1])
+
+    total = jnp.zeros((model.config.num_layers, model.config.num_experts))
+    for start in range(0, tokens.shape[0], batch):
+        part = tokens[start : start + batch]
+        total = total + run(model.params, part) * part.shape[0]
+    return total / tokens.shape[0]

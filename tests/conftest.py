@@ -1,0 +1,62 @@
+"""Settings of every test: JAX promotes nothing silently, plots need no display, and nothing is fetched.
+
+Warnings are errors as well; that, and the use of `check_arrays`, are set in `pyproject.toml`.
+"""
+
+import os
+
+# Read when their libraries are first imported, also by a process that a test starts.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+
+import functools
+import typing
+
+import beartype
+import hypothesis
+import jax
+from flax import struct
+from jaxtyping import AbstractArray
+
+jax.config.update("jax_enable_x64", False)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The first example of a test compiles, so there is no deadline; every run tries the same examples.
+hypothesis.settings.register_profile("hetmoe", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("hetmoe")
+
+
+def check_arrays(function):
+    """Checks the arguments and results of hetmoe's functions whose annotation holds a shape.
+
+    Other types are left to the static checker, so that a test can pass wrong values to the package's own checks.
+    """
+    hints = function.__annotations__
+    function.__annotations__ = {name: hint if _has_shape(hint) else typing.Any for name, hint in hints.items()}
+    return beartype.beartype(function)
+
+
+def _has_shape(hint):
+    if isinstance(hint, type) and issubclass(hint, AbstractArray):
+        return True
+    return any(_has_shape(part) for part in typing.get_args(hint))
+
+
+def _leave_fields_unchecked(dataclass):
+    """Exempts the fields of pytrees, but not their methods, from `check_arrays`.
+
+    JAX rebuilds pytrees with leaves of any shape or none: batched by `vmap`, stacked by `scan`, placeholders.
+    """
+
+    @functools.wraps(dataclass)
+    def wrapped(cls, **kwargs):
+        cls = dataclass(cls, **kwargs)
+        cls.__no_type_check__ = True
+        return cls
+
+    return wrapped
+
+
+struct.dataclass = _leave_fields_unchecked(struct.dataclass)

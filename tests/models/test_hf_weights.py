@@ -1,0 +1,161 @@
+"""Malformed weight files: an InputError with file, key, expected and found, never another exception."""
+
+import json
+import pathlib
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetmoe.errors import InputError
+from hetmoe.models.hf import load_model, load_params
+from tests.models.directories import model, refused, save_valid
+from tests.models.tiny import tiny_config
+
+CONFIG = tiny_config(num_layers=2, num_experts=3)
+DOWN = "model.layers.1.mlp.experts.2.down_proj.weight"
+Entries = dict[str, dict[str, Any]]
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path) -> pathlib.Path:
+    return save_valid(tmp_path / "model")
+
+
+def split(path: pathlib.Path) -> tuple[Entries, bytes]:
+    """(header, data) of a safetensors file."""
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+def join(path: pathlib.Path, header: Entries, data: bytes) -> None:
+    """Writes a safetensors file, valid or not."""
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def rename(header: Entries) -> None:
+    header[DOWN + "s"] = header.pop(DOWN)
+
+
+def add(header: Entries) -> None:
+    header["model.layers.2.extra"] = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+
+
+def turn(header: Entries) -> None:
+    header[DOWN]["shape"].reverse()
+
+
+def flatten(header: Entries) -> None:
+    header[DOWN]["shape"] = [21 * 23]
+
+
+def integers(header: Entries) -> None:
+    header[DOWN]["dtype"] = "I32"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (rename, ("1 tensors are missing", DOWN)),
+        (add, ("1 tensors do not belong", "model.layers.2.extra")),
+        (turn, (DOWN, "[21, 23]", "expected [23, 21]")),
+        (flatten, (DOWN, "[483]", "expected [23, 21]")),
+        (integers, ("I32", "not supported", "BF16")),
+    ],
+)
+def test_wrong_tensors_are_named(
+    folder: pathlib.Path, spoil: Callable[[Entries], None], words: tuple[str, ...]
+) -> None:
+    path = folder / "model.safetensors"
+    header, data = split(path)
+    spoil(header)
+    join(path, header, data)
+    refused(folder, str(path), *words)
+    refused(folder, str(path), *words, dtype="float32")
+
+
+def test_mixed_dtypes_need_a_choice(folder: pathlib.Path) -> None:
+    path = folder / "model.safetensors"
+    header, data = split(path)
+    start, stop = header[DOWN]["data_offsets"]
+    half = np.frombuffer(data[start:stop], "<f4").astype(np.float16).tobytes()
+    for entry in header.values():
+        offsets = entry.get("data_offsets", [0, 0])
+        entry["data_offsets"] = [o - len(half) if o > start else o for o in offsets]
+    del header["__metadata__"]["data_offsets"]
+    header[DOWN]["dtype"] = "F16"
+    join(path, header, data[:start] + half + data[stop:])
+    refused(folder, str(path), "mixed dtypes", "F16", "F32", "dtype=")
+    loaded = load_model(folder, "float32").params
+    assert loaded.layers.down.dtype == jnp.float32
+    expected = np.asarray(model().params.layers.down)
+    np.testing.assert_array_equal(loaded.layers.down[0], expected[0])
+    np.testing.assert_array_equal(loaded.layers.down[1, 2], expected[1, 2].astype(np.float16).astype(np.float32))
+
+
+@pytest.mark.parametrize("changes", [{"num_layers": 3}, {"num_experts": 4}, {"tie_embeddings": True}])
+def test_config_of_another_model_is_noticed_by_keys(folder: pathlib.Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="tensors (are missing|do not belong)"):
+        load_params(folder / "model.safetensors", tiny_config(**{"num_layers": 2, "num_experts": 3, **changes}))
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "expert_intermediate_size", "hidden_size", "head_dim"])
+@pytest.mark.parametrize("size", [42, 10**12, 10**30])
+def test_config_of_another_model_is_noticed_by_shapes(folder: pathlib.Path, name: str, size: int) -> None:
+    """However large: nothing is allocated before the shapes were compared."""
+    with pytest.raises(InputError, match="has shape .*, expected"):
+        load_params(folder / "model.safetensors", tiny_config(num_layers=2, num_experts=3, **{name: size}))
+
+
+def test_truncated_file_is_refused(folder: pathlib.Path) -> None:
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    header_end = 8 + struct.unpack("<Q", whole[:8])[0]
+    for size in (0, 1, 7, 8, 100, header_end - 1, header_end, header_end + 1, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        refused(folder, str(path), "not a readable safetensors file")
+    path.write_bytes(whole + b"x")
+    refused(folder, str(path), "not a readable safetensors file")
+
+
+@pytest.mark.parametrize("length", [0, 1, 10**6, 2**31, 2**62, 2**64 - 1])
+def test_header_length_beyond_the_file_is_refused(folder: pathlib.Path, length: int) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", length) + path.read_bytes()[8:])
+    refused(folder, str(path), "not a readable safetensors file")
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return save_valid(tmp_path_factory.mktemp("pristine")) / "model.safetensors"
+
+
+POSITION = st.integers(0, 11) | st.integers(0, 3000)  # the header's length and beginning, or anywhere in the header
+BYTE = st.integers(0, 255) | st.sampled_from(b'0123456789{}[]",:-')
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(changes=st.lists(st.tuples(POSITION, BYTE), min_size=1, max_size=4), cut=st.none() | st.integers(0, 40_000))
+def test_any_change_of_the_bytes_gives_a_model_or_an_input_error(
+    pristine: pathlib.Path, changes: list[tuple[int, int]], cut: int | None
+) -> None:
+    data = bytearray(pristine.read_bytes())
+    assert struct.unpack("<Q", data[:8])[0] > 3000  # all positions are within the header
+    for position, byte in changes:
+        data[position] = byte
+    path = pristine.with_name("mutated.safetensors")
+    path.write_bytes(data[:cut])
+    try:
+        params = load_params(path, CONFIG)
+    except InputError as error:
+        assert str(path) in str(error)
+    else:
+        assert all(leaf.dtype in (jnp.float32, jnp.bfloat16, jnp.float16) for leaf in jax.tree.leaves(params))
