@@ -9,12 +9,13 @@ two minutes on two idle cores. Run it on an otherwise idle machine: the first li
 """
 
 import contextlib
+import functools
 import json
 import os
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -109,7 +110,7 @@ def block_size_commands() -> Commands:
 
 
 @contextlib.contextmanager
-def peer(python: Path | None, what: str, *options: str) -> Iterator[Callable[[str], float] | None]:
+def peer(python: Path | None, what: str, *options: str) -> Generator[Callable[[str], float] | None]:
     """A running `bench_peers.py`, as a function from a command's name to its seconds; None without a peer."""
     if python is None:
         yield None
@@ -137,11 +138,13 @@ def peer(python: Path | None, what: str, *options: str) -> Iterator[Callable[[st
         process.wait(timeout=60)
 
 
-def measure(ours: Commands, peer_call: Callable[[str], float] | None, theirs: list[str], rounds: int) -> dict[str, float]:
+def measure(
+    ours: Commands, peer_call: Callable[[str], float] | None, theirs: list[str], rounds: int
+) -> dict[str, float]:
     """Median seconds of every command, all taken in turns."""
     calls: Commands = dict(ours)
     if peer_call is not None:
-        calls |= {f"peer {name}": (lambda name=name: peer_call(name)) for name in theirs}
+        calls |= {f"peer {name}": functools.partial(peer_call, name) for name in theirs}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -162,7 +165,9 @@ def show(console: Console, title: str, medians: dict[str, float], base: Callable
 def base_of_crossbar(name: str) -> str:
     """What a row of the crossbar table is compared with: the plain matmul of the same program."""
     several = "8" in name
-    return ("peer plain8" if several else "peer plain") if name.startswith("peer") else ("plain x 8" if several else "plain")
+    if name.startswith("peer"):
+        return "peer plain8" if several else "peer plain"
+    return "plain x 8" if several else "plain"
 
 
 def main(

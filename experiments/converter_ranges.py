@@ -2,10 +2,13 @@
 
     python experiments/converter_ranges.py
 
-K scales the DAC range (K * EMA(std) of a row-block's inputs), lambda the ADC bound (range * lambda * max|w|). Both small
-clips, both large wastes levels; 8-bit converters, 512-row tiles. Measured on the 16 windows that `hetmoe eval` sets aside
-for calibration, never on the evaluated ones. Cost: about one minute on two CPU cores; one compile for the whole grid.
+K scales the DAC range (K * EMA(std) of a row-block's inputs), lambda the ADC bound (range * lambda * max|w|). Both
+small clips, both large wastes levels; 8-bit converters, 512-row tiles. Measured on the 16 windows that `hetmoe eval`
+sets aside for calibration, never on the evaluated ones. Cost: about one minute on two CPU cores; one compile for the
+whole grid.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +33,7 @@ def main() -> None:
     _, windows = split_windows(sources, 64, WINDOWS_TO_CALIBRATE)
     batches = make_batches(windows, windows.tokens[:, 1:, None], np.zeros(windows.whole_word.shape, bool), 16)
     key = jax.random.split(jax.random.key(0), 1)
-    base = hetmoe.calibrate(model.params, windows.tokens[:, :-1], model.config, hetmoe.RangeMethod(k=1.0))
+    base = hetmoe.calibrate(model.params, jnp.asarray(windows.tokens[:, :-1]), model.config, hetmoe.RangeMethod(k=1.0))
     digital = np.exp(float(evaluate_digital(model.params, batches, model.config).nll) / windows.byte_count.size)
     console = Console()
     plans = {"experts analog": hetmoe.experts_analog(model.config), "all analog": hetmoe.all_analog(model.config)}
@@ -41,7 +44,9 @@ def main() -> None:
         for bound in LAMBDA:
             table.add_column(f"lambda {bound:g}", justify="right", no_wrap=True)
         for k in K:
-            ranges = base.replace(layers=jax.tree.map(lambda r, k=k: k * r, base.layers), lm_head=k * base.lm_head)
+            ranges = dataclasses.replace(
+                base, layers=jax.tree.map(lambda r, k=k: k * r, base.layers), lm_head=k * base.lm_head
+            )
             row = []
             for bound in LAMBDA:
                 spec = hetmoe.analog_spec("pcm", noise_scale=0.0, adc_bound=bound)

@@ -2,18 +2,17 @@
 
     python experiments/export_reference.py --run build/reference --out hetmoe/models/reference
 
-Writes config.json, model.safetensors (bfloat16), tokenizer.json, routers_step0.safetensors (the routers before training:
-their norm change drives bit allocation), heldout/*.txt, training.json (loss curve, recipe, held-out results, expert
-load), loss.png, load.png and README.md, the model card. Held-out figures are of the bfloat16 weights as shipped,
+Writes config.json, model.safetensors (bfloat16), tokenizer.json, routers_step0.safetensors (the routers before
+training: their norm change drives bit allocation), heldout/*.txt, training.json (loss curve, recipe, held-out results,
+expert load), loss.png, load.png and README.md, the model card. Held-out figures are of the bfloat16 weights as shipped,
 computed in float32. Cost: one minute on two CPU cores.
 """
 
 import dataclasses
 import json
-import math
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +22,15 @@ import orbax.checkpoint as ocp
 import typer
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
-from train_reference import CONFIG, SEPARATOR, Recipe, make_optimizer
 
-from hetmoe.evaluate.run import evaluate_digital, make_batches
+from heldout_bits import measure
 from hetmoe.evaluate.text import load_windows
 from hetmoe.models.generate import greedy
 from hetmoe.models.hf import Model, load_model, save_model
 from hetmoe.models.params import Params, init_params
 from hetmoe.models.transformer import hidden_states
+from reference_card import card
+from train_reference import CONFIG, SEPARATOR, Recipe, make_optimizer
 
 PROMPTS = (
     "It was the opinion of her sister that",
@@ -48,32 +48,8 @@ def restore(run: Path, recipe: Recipe) -> tuple[Params, int]:
         step = manager.latest_step()
         if step is None:
             raise SystemExit(f"{run}/checkpoints holds no checkpoint: run train_reference.py first")
-        state = (params, make_optimizer(recipe, step + 1).init(params))
+        state = (params, make_optimizer(recipe, step + 1).init(cast("Any", params)))  # optax.Params is too narrow
         return manager.restore(step, args=ocp.args.StandardRestore(state))[0], step
-
-
-def heldout_results(model: Model, files: list[Path]) -> dict[str, dict[str, float]]:
-    """Bits per byte and perplexity of every held-out source and of all, over whole files (last partial window left)."""
-    results, sums = {}, np.zeros(3)
-    for file, windows in zip(files, load_windows(model, files, CONFIG.max_position_embeddings), strict=True):
-        choices = windows.tokens[:, 1:, None].repeat(2, axis=-1)
-        batches = make_batches(windows, choices, np.zeros(windows.whole_word.shape, bool), 16)
-        nll = float(evaluate_digital(model.params, batches, model.config).nll)
-        row = np.array([nll, windows.byte_count.sum(), windows.byte_count.size])
-        sums += row
-        results[file.stem] = summary(row)
-    return results | {"all": summary(sums)}
-
-
-def summary(row: np.ndarray) -> dict[str, float]:
-    """From (nats, bytes, tokens)."""
-    nll, size, tokens = row
-    return {
-        "bits_per_byte": round(nll / math.log(2) / size, 4),
-        "perplexity": round(math.exp(nll / tokens), 2),
-        "tokens": int(tokens),
-        "bytes": int(size),
-    }
 
 
 def expert_load(model: Model, files: list[Path]) -> np.ndarray:
@@ -117,73 +93,6 @@ def plot_load(figure: Any, load: np.ndarray) -> None:
     panels[0].set_ylabel("load / uniform load")
 
 
-def card(record: dict[str, Any], manifest: dict[str, Any], samples: list[tuple[str, str]]) -> str:
-    """The model card."""
-    heldout = "\n".join(
-        f"| {name} | {r['bits_per_byte']:.3f} | {r['perplexity']:.2f} | {r['tokens']:,} | {r['bytes']:,} |"
-        for name, r in record["heldout"].items()
-    )
-    sources = "\n".join(
-        f"| {name} | {m['train']['bytes']:,} | {record['recipe']['weights'].get(name, 1.0):.2f} "
-        f"| {', '.join(m['heldout_titles'])} | {m['licence']} |"
-        for name, m in manifest.items()
-    )
-    notices = "\n\n".join(f"### {name}\n\n```\n{m['notice'].strip()}\n```" for name, m in manifest.items())
-    quotes = "\n".join(f"- **{prompt}** {text}".replace("\n", " / ") for prompt, text in samples)
-    load = np.array(record["expert_load"])
-    return f"""# hetmoe reference model
-
-A mixture-of-experts language model small enough to ship with the package ({record["parameters"]:,} parameters, bfloat16),
-in the OLMoE layout (`config.json`, `model.safetensors`, `tokenizer.json`): {CONFIG.num_layers} layers, hidden
-{CONFIG.hidden_size}, {CONFIG.num_experts} experts a layer of intermediate size {CONFIG.expert_intermediate_size}, top-{CONFIG.experts_per_token},
-{CONFIG.vocab_size}-entry byte-level BPE, context {CONFIG.max_position_embeddings}. It exists so that every experiment of hetmoe runs anywhere
-in minutes. It is not useful as a language model.
-
-## Training
-
-```
-python experiments/train_reference.py --out build/reference --steps {record["steps"]}
-python experiments/export_reference.py --run build/reference --out hetmoe/models/reference
-```
-
-{record["steps"]:,} steps of {record["recipe"]["batch"]} x {record["recipe"]["seq"]} tokens ({record["tokens_seen"] / 1e6:.1f} M tokens), AdamW, peak learning rate
-{record["recipe"]["learning_rate"]}, constant and then linear to zero over the last {record["recipe"]["decay"]} steps, load-balancing loss {record["recipe"]["balance"]}, router z-loss
-{record["recipe"]["router_z"]}, seed {record["recipe"]["seed"]}, on two CPU cores. `routers_step0.safetensors` holds the routers before training.
-
-![training loss](loss.png)
-
-## Held-out text
-
-Whole chapters, plays and blocks of synsets never trained on, embedded in `heldout/`. Windows of 256 tokens that do not
-overlap, so a window's first tokens have little context.
-
-| source | bits per byte | perplexity per token | tokens | bytes |
-|---|---|---|---|---|
-{heldout}
-
-Greedy continuations (prompt in bold, line breaks as /):
-
-{quotes}
-
-## Expert load
-
-On held-out text the busiest expert of a layer gets {", ".join(f"{x:.2f}" for x in load.max(axis=1) * load.shape[1])} times the
-uniform load (layers 0 to {load.shape[0] - 1}), the least busy {", ".join(f"{x:.2f}" for x in load.min(axis=1) * load.shape[1])} times.
-
-![expert load](load.png)
-
-## Data and licences
-
-| source | training bytes | sampling share | held out | licence |
-|---|---|---|---|---|
-{sources}
-
-Weights and card: Apache-2.0, as the project. The notices of the sources:
-
-{notices}
-"""
-
-
 def main(
     run: Annotated[Path, typer.Option(help="Working directory of train_reference.py.")],
     out: Annotated[Path, typer.Option(help="Model directory to write.")],
@@ -210,12 +119,12 @@ def main(
     files = sorted((out / "heldout").glob("*.txt"))
     rows = {r["step"]: r for r in map(json.loads, (run / "loss.jsonl").read_text().splitlines())}
     manifest = json.loads((run / "text" / "manifest.json").read_text(encoding="utf-8"))
-    record = {
+    record: dict[str, Any] = {
         "steps": step + 1,
         "tokens_seen": (step + 1) * recipe.batch * recipe.seq,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "recipe": dataclasses.asdict(recipe) | {"weights": dict(recipe.weights)},
-        "heldout": heldout_results(model, files),
+        "heldout": measure(model, files),
         "expert_load": expert_load(model, files).round(5).tolist(),
         "loss": [rows[s] for s in sorted(rows) if s <= step],
     }
@@ -223,9 +132,11 @@ def main(
     plot(out / "load.png", lambda f: plot_load(f, np.array(record["expert_load"])), (10, 2.6))
     (out / "training.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
     samples = [(prompt, greedy(model, prompt, 40)) for prompt in PROMPTS]
-    (out / "README.md").write_text(card(record, manifest, samples), encoding="utf-8")
+    (out / "README.md").write_text(
+        card(CONFIG, record, manifest, samples, CONFIG.max_position_embeddings // 2), encoding="utf-8"
+    )
     for name, row in record["heldout"].items():
-        typer.echo(f"{name}: {row['bits_per_byte']} bits per byte, perplexity {row['perplexity']}")
+        typer.echo(f"{name}: {row}")
     for prompt, text in samples:
         typer.echo(f"{prompt!r} -> {text!r}")
 

@@ -202,7 +202,7 @@ def _austen(cache_dir: Path) -> Split:
 
 
 def _r_character_vectors(data: bytes) -> Iterator[list[str]]:
-    """Records of an R lazy-load database (a 4-byte length, then zlib of R's serialised form), each a character vector.
+    r"""Records of an R lazy-load database (a 4-byte length, then zlib of R's serialised form), each a character vector.
 
     All is big-endian: "X\\n", three version words, the native encoding, then a vector (type 16): a count of strings,
     each a flag word, a byte count and the bytes.

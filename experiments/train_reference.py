@@ -21,7 +21,7 @@ import functools
 import json
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import datasets
 import jax
@@ -30,14 +30,14 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import typer
-from reference_text import SEPARATOR, Split, build, fetch, from_directory, read_notices, write
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from hetmoe.models.config import ModelConfig
-from hetmoe.models.params import Params, init_params
 from hetmoe.models.likelihood import choice_log_probs
+from hetmoe.models.params import Params, init_params
 from hetmoe.models.transformer import head_matrix, hidden_states
+from reference_text import SEPARATOR, Split, build, fetch, from_directory, read_notices, write
 
 CONFIG = ModelConfig(
     vocab_size=4096,
@@ -166,7 +166,7 @@ def train(out: Path, splits: dict[str, Split], steps: int, recipe: Recipe) -> No
 
     optimizer = make_optimizer(recipe, steps)
     params = init_params(jax.random.key(recipe.seed), CONFIG)
-    state = (params, optimizer.init(params))
+    state = (params, optimizer.init(cast("Any", params)))  # optax.Params is too narrow for pytree dataclasses
 
     @functools.partial(jax.jit, donate_argnums=0)
     def update(state: Any, tokens: jax.Array) -> tuple[Any, dict[str, jax.Array]]:

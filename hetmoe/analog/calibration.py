@@ -1,8 +1,8 @@
 """Static DAC input ranges from the inputs that really reach each matrix.
 
 The range of a row-block is `K * EMA(std)` of its inputs over calibration batches (arXiv 2603.02633; the range
-initialisation of aihwkit-lightning), or a quantile, or the maximum, of their magnitude. An expert's statistics are those
-of the tokens routed to it.
+initialisation of aihwkit-lightning), or a quantile, or the maximum, of their magnitude. An expert's statistics are
+those of the tokens routed to it.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ BINS_PER_OCTAVE, LOWEST_OCTAVE, OCTAVES = 16, -24, 40
 
 @struct.dataclass
 class LayerRanges:
-    """DAC ranges of every layer's matrices, in the unit of their inputs. gate and up share an input, as do q, k and v."""
+    """DAC ranges of every layer's matrices, in the unit of their inputs; gate and up share one, as do q, k and v."""
 
     experts_in: Float[Array, "*layers experts tiles"]  # gate, up
     experts_mid: Float[Array, "*layers experts tiles"]  # down
@@ -79,6 +79,17 @@ class Moments:
     square: Float[Array, "*g"]
     maximum: Float[Array, "*g"]
     histogram: Float[Array, "*g bins"] | None  # counts of |x| by magnitude; None unless a quantile is wanted
+
+    def group(self, index: int) -> "Moments":
+        """The moments of one group, the group axis kept."""
+        part = slice(index, index + 1)
+        return Moments(
+            count=self.count[..., part, :],
+            total=self.total[..., part, :],
+            square=self.square[..., part, :],
+            maximum=self.maximum[..., part, :],
+            histogram=None if self.histogram is None else self.histogram[..., part, :, :],
+        )
 
     def std(self) -> Array:
         """Standard deviation; 0 where nothing was counted."""

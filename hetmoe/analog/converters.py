@@ -6,6 +6,7 @@ The arithmetic is that of aihwkit-lightning 2.x (`inp_res=254, out_res=254` for 
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from hetmoe.errors import InputError
@@ -34,8 +35,9 @@ def _round_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Ar
 
 
 def step_size(bound: Float[Array, "..."], bits: int) -> Float[Array, "..."]:
-    """`2 * bound / steps`, and 1 where the bound is zero (every value is then clipped to zero anyway)."""
-    return jnp.where(bound > 0, 2.0 * bound / steps(bits), 1.0)
+    """`2 * bound / steps`, correctly rounded; 1 where that is zero or subnormal (values are then clipped to zero)."""
+    step = divide(2.0 * bound, jnp.float32(steps(bits)))
+    return jnp.where(step >= np.finfo(np.float32).tiny, step, 1.0)
 
 
 def convert(x: Float[Array, "..."], bound: Float[Array, "..."], bits: int) -> Float[Array, "..."]:

@@ -26,7 +26,7 @@ def require_key(key: jax.Array) -> jax.Array:
     """
     if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         if "threefry" not in str(jax.random.key_impl(key)):
-            raise TypeError(f"noise keys must be threefry2x32, got {jax.random.key_impl(key)}: use jax.random.key(seed)")
+            raise TypeError(f"a threefry2x32 key is needed, got {jax.random.key_impl(key)}: use jax.random.key(seed)")
         return key
     raise TypeError(f"a PRNG key is needed, got {type(key).__name__}: pass jax.random.key(seed)")
 

@@ -39,21 +39,27 @@ def make_read_noise(kind: str, std: float) -> ReadNoise:
         raise InputError(f"read noise {kind!r} is unknown; choose one of {', '.join(KINDS)}")
     if not 0 <= std < float("inf"):
         raise InputError(f"read noise std={std!r} must be a finite number of at least 0")
-    return ReadNoise(std=jnp.asarray(std, jnp.float32), kind=kind)  # pyright: ignore[reportArgumentType]
+    return ReadNoise(std=jnp.asarray(std, jnp.float32), kind=kind)
 
 
 def read_noise_std(noise: ReadNoise, inputs: Array, weight_max: Array, abs_product: Array | None) -> Array:
     """Standard deviation of the noise on a tile's outputs, in the unit of the outputs.
 
     Args:
+        noise: kind and magnitude.
         inputs: `[..., K]`, after the DAC.
         weight_max: the tile's `max|w|`, broadcast against the outputs.
         abs_product: `(x * x) @ |w|`, shape of the outputs; needed by the `pcm` kind only.
     """
     if noise.kind == "additive":
-        return noise.std * weight_max * jnp.sqrt(jnp.sum(jnp.square(inputs), axis=-1, keepdims=True))
+        return noise.std * weight_max * _root(jnp.sum(jnp.square(inputs), axis=-1, keepdims=True))
     assert abs_product is not None
-    return noise.std * jnp.sqrt(weight_max * abs_product)
+    return noise.std * _root(weight_max * abs_product)
+
+
+def _root(x: Array) -> Array:
+    """Square root whose gradient at 0 is 0, not infinite (an input vector of zeros has no noise)."""
+    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1.0)), 0.0)
 
 
 def read_draws(key: jax.Array, block: int, rows: UInt32[Array, "rows"], width: int) -> Float[Array, "rows width"]:

@@ -49,8 +49,12 @@ def analog_spec(
         noise_scale: c >= 0.
         time_s: seconds after programming, or None. Devices fitted at fixed times accept those only.
         drift_compensation: scale every tile digitally so that its mean |weight| is again that at programming.
-        dac_bits, adc_bits, adc_bound, bound_axis, tile_rows: see `hetmoe.crossbar_matmul`. The default lambda of 3 goes
-            with ranges of 12 standard deviations (`RangeMethod`); `experiments/converter_ranges.py` shows why.
+        dac_bits: DAC resolution; None = ideal.
+        adc_bits: ADC resolution; None = ideal.
+        adc_bound: lambda > 0, the ADC's bound over input range times weight maximum. The default goes with input ranges
+            of 12 standard deviations (`RangeMethod`); `experiments/converter_ranges.py` shows why.
+        bound_axis: group of that weight maximum, `"tile"` or `"column"`.
+        tile_rows: rows of a tile.
         read_noise: see `hetmoe.analog.read_noise`.
 
     Raises:

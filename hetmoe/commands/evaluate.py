@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -18,7 +19,13 @@ from hetmoe.errors import InputError
 from hetmoe.evaluate.calibrate import calibrate
 from hetmoe.evaluate.next_word import word_questions
 from hetmoe.evaluate.noise_sweep import (
-    Placement, Point, TextSize, digital_point, evaluations, noise_sweep, random_placement,
+    Placement,
+    Point,
+    TextSize,
+    digital_point,
+    evaluations,
+    noise_sweep,
+    random_placement,
 )  # fmt: skip
 from hetmoe.evaluate.plot import plot_sweep
 from hetmoe.evaluate.provenance import provenance
@@ -123,7 +130,11 @@ def run(request: EvalRequest) -> None:
     calibration = None
     if to_calibrate:
         calibration = calibrate(
-            model.params, aside.tokens[:, :-1], model.config, request.range_method(), tile_rows=request.tile_rows
+            model.params,
+            jnp.asarray(aside.tokens[:, :-1]),
+            model.config,
+            request.range_method(),
+            tile_rows=request.tile_rows,
         )
     keys = jax.random.split(jax.random.key(request.seed), request.seeds)
     placements = make_placements(request, model, aside if to_calibrate else windows, keys)
@@ -157,12 +168,14 @@ def make_placements(request: EvalRequest, model: Model, sample: Windows, keys: j
     if request.plan is not None:
         lines.append(Placement(name=f"plan {request.plan.stem}", plans=[load_plan(request.plan, model)]))
     if request.rule != "random":
-        needs_text = request.rule.startswith("activation")
+        text = jnp.asarray(sample.tokens[:, :-1]) if request.rule.startswith("activation") else None
         scores = score_experts(
-            model, request.rule, tokens=sample.tokens[:, :-1] if needs_text else None, down_axis=request.down_axis,  # pyright: ignore[reportArgumentType]
+            model, request.rule, tokens=text, down_axis=request.down_axis,  # pyright: ignore[reportArgumentType]
         )  # fmt: skip
-        for fraction in request.fractions:
-            lines.append(Placement(name=f"{request.rule} {fraction:.1%} digital", plans=[place(scores, fraction)]))
+        lines.extend(
+            Placement(name=f"{request.rule} {fraction:.1%} digital", plans=[place(scores, fraction)])
+            for fraction in request.fractions
+        )
     random_keys = jax.random.split(jax.random.fold_in(jax.random.key(request.seed), 1), len(keys))
     lines.extend(random_placement(f"random {f:.1%} digital", model, f, random_keys) for f in request.fractions)
     return lines

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -34,7 +35,7 @@ def run(
     if rule.startswith("activation"):
         sources = load_windows(model, choose_text(text), seq)
         count = min(tokens // seq, sum(len(s) for s in sources))
-        sample = split_windows(sources, count, 0)[0].tokens[:, :-1]
+        sample = jnp.asarray(split_windows(sources, count, 0)[0].tokens[:, :-1])
     key = jax.random.key(seed) if rule == "random" else None
     scores = score_experts(model, rule, key=key, tokens=sample, down_axis=down_axis)  # pyright: ignore[reportArgumentType]
     plan = place(scores, fraction)

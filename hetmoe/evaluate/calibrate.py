@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from hetmoe.analog.calibration import Calibration, LayerRanges, Moments, RangeMethod, merge_ranges, observe_inputs
+from hetmoe.analog.tiles import row_blocks
 from hetmoe.errors import InputError
 from hetmoe.models.config import ModelConfig
 from hetmoe.models.params import Params
@@ -43,7 +44,8 @@ def calibrate(
     """
     if tokens.ndim != 2 or tokens.shape[0] < 1 or batch < 1:
         raise InputError(f"calibration needs tokens [sequences, seq] and batch >= 1, got {list(tokens.shape)}, {batch}")
-    batches, heads = [], []
+    batches: list[dict[str, Moments]] = []
+    heads: list[Moments] = []
     for start in range(0, tokens.shape[0], batch):
         seen, head = _observe(params, tokens[start : start + batch], config, tile_rows, how.method == "quantile")
         batches.append(jax.tree.map(np.asarray, seen))
@@ -53,28 +55,24 @@ def calibrate(
         return merge_ranges([b[name] for b in batches], how)
 
     def single(moments: list[Moments]) -> np.ndarray:
-        only = [jax.tree.map(lambda leaf: leaf[..., :1, :], m.replace(histogram=None)) for m in moments]
-        if how.method == "quantile":
-            histograms = [np.asarray(m.histogram)[..., :1, :, :] for m in moments]
-            only = [m.replace(histogram=h) for m, h in zip(only, histograms, strict=True)]
-        return merge_ranges(only, how)[0][..., 0, :]
+        # Dense matrices have one group of inputs: the first of those that `observe_inputs` was told of.
+        return merge_ranges([m.group(0) for m in moments], how)[0][..., 0, :]
 
     experts_in, counts = experts("experts_in")
+    inputs_of_first_block = row_blocks(config.hidden_size, tile_rows)[0][1]
+
+    def array(values: np.ndarray) -> Array:
+        return jnp.asarray(values, jnp.float32)
+
     layers = LayerRanges(
-        experts_in=experts_in,
-        experts_mid=experts("experts_mid")[0],
-        attention_in=single([b["attention_in"] for b in batches]),
-        attention_out=single([b["attention_out"] for b in batches]),
+        experts_in=array(experts_in),
+        experts_mid=array(experts("experts_mid")[0]),
+        attention_in=array(single([b["attention_in"] for b in batches])),
+        attention_out=array(single([b["attention_out"] for b in batches])),
     )
-    result = Calibration(
+    return Calibration(
         layers=layers,
-        lm_head=single(heads),
-        tokens_seen=counts[..., 0] / np.float64(row_width(config, tile_rows)),
+        lm_head=array(single(heads)),
+        tokens_seen=array(counts[..., 0] / inputs_of_first_block),
         tile_rows=tile_rows,
     )
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), result)
-
-
-def row_width(config: ModelConfig, tile_rows: int) -> int:
-    """Inputs that the first row-block of an expert's gate and up matrices takes from each token."""
-    return -(-config.hidden_size // -(-config.hidden_size // tile_rows))

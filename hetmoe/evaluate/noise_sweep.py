@@ -103,6 +103,14 @@ def noise_sweep(
     At scale 0 of a device without drift or read noise nothing is random but the placement, so one seed is run.
 
     Args:
+        model: the model, in the dtype to run it in.
+        spec: analog hardware; its noise scale is replaced by those of the sweep.
+        calibration: DAC ranges; None = dynamic.
+        placements: lines of the result.
+        noise_scales: values of c.
+        keys: one noise key per seed.
+        batches: text and questions.
+        size: what the sums are divided by.
         progress: called with the number of finished (placement, scale, seed) evaluations, after each compiled call.
 
     Raises:
@@ -122,14 +130,12 @@ def noise_sweep(
         per_seed = [stack_plans([p.plans[s % len(p.plans)] for p in group]) for s in range(seeds)]
         for scale in noise_scales:
             quiet = scale == 0 and spec.time_s is None and spec.read_noise is None
-            scaled = spec.replace(noise_scale=jnp.asarray(scale, jnp.float32))
+            scaled = dataclasses.replace(spec, noise_scale=jnp.asarray(scale, jnp.float32))
             parts = []
             for start in range(0, at_once if quiet else seeds, at_once):
                 chosen = slice(start, start + at_once)
                 plans = stack_plans(per_seed[chosen])
-                totals = evaluate_seeds(
-                    model.params, keys[chosen], plans, scaled, calibration, batches, model.config
-                )
+                totals = evaluate_seeds(model.params, keys[chosen], plans, scaled, calibration, batches, model.config)
                 parts.append(jax.tree.map(np.asarray, totals))
                 progress(at_once * len(group))
             merged = Totals(*(np.concatenate(leaves) for leaves in zip(*parts, strict=True)))

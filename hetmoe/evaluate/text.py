@@ -90,9 +90,7 @@ class Windows:
 
     def take(self, index: Sequence[int] | np.ndarray) -> "Windows":
         """The windows of the given numbers."""
-        return Windows(
-            tokens=self.tokens[index], byte_count=self.byte_count[index], whole_word=self.whole_word[index]
-        )
+        return Windows(tokens=self.tokens[index], byte_count=self.byte_count[index], whole_word=self.whole_word[index])
 
 
 def cut(documents: Sequence[Document], seq: int) -> Windows:

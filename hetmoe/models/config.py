@@ -4,9 +4,33 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hetmoe.errors import InputError
+
+
+def _positive(value: object) -> bool:
+    return type(value) in {int, float} and 0 < cast("float", value) < float("inf")
+
+
+def _checked_rope(config: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    """Refuses by name what would change the arithmetic; returns the rope parameters of transformers 5, if any."""
+    if not isinstance(config, Mapping):
+        raise InputError(f"{source}: expected a JSON object, found {type(config).__name__}")
+    if config.get("model_type") != "olmoe":
+        raise InputError(f"{source}: model_type {config.get('model_type')!r} is not supported (supported: 'olmoe')")
+    supported = {"hidden_act": "silu", "attention_bias": False, "rope_scaling": None, "attention_dropout": 0.0}
+    for name, value in supported.items():
+        if config.get(name, value) != value:
+            raise InputError(f"{source}: {name}={config[name]!r} is not supported (supported: {value!r})")
+    rope = config.get("rope_parameters")
+    rope = {} if rope is None else rope
+    if not isinstance(rope, Mapping):
+        raise InputError(f"{source}: rope_parameters={rope!r} must be an object")
+    for name in ("rope_type", "type"):
+        if rope.get(name, "default") != "default":
+            raise InputError(f"{source}: {name}={rope[name]!r} is not supported (supported: 'default')")
+    return rope
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,10 +80,13 @@ class ModelConfig:
             raise InputError(f"model config: head_dim={self.head_dim} must be even for rotary embeddings")
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
-            if not value > 0:
-                raise InputError(f"model config: {name}={value!r} must be positive")
-        if self.clip_qkv is not None and not self.clip_qkv > 0:
-            raise InputError(f"model config: clip_qkv={self.clip_qkv!r} must be positive, or None for off")
+            if not _positive(value):
+                raise InputError(f"model config: {name}={value!r} must be positive and finite")
+        if self.clip_qkv is not None and not _positive(self.clip_qkv):
+            raise InputError(f"model config: clip_qkv={self.clip_qkv!r} must be positive and finite, or None for off")
+        for name in ("norm_topk_prob", "tie_embeddings"):
+            if type(getattr(self, name)) is not bool:
+                raise InputError(f"model config: {name}={getattr(self, name)!r} must be True or False")
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], *, source: str = "config.json") -> "ModelConfig":
@@ -70,35 +97,27 @@ class ModelConfig:
         Raises:
             InputError: naming `source`, the field, what was found and what is expected.
         """
-        if not isinstance(config, Mapping):
-            raise InputError(f"{source}: expected a JSON object, found {type(config).__name__}")
-        if config.get("model_type") != "olmoe":
-            raise InputError(f"{source}: model_type {config.get('model_type')!r} is not supported (supported: 'olmoe')")
-        supported = {"hidden_act": "silu", "attention_bias": False, "rope_scaling": None, "attention_dropout": 0.0}
-        for name, value in supported.items():
-            if config.get(name, value) != value:
-                raise InputError(f"{source}: {name}={config[name]!r} is not supported (supported: {value!r})")
-        rope = config.get("rope_parameters") or {}
-        if rope.get("rope_type", "default") != "default":
-            raise InputError(f"{source}: rope_type={rope['rope_type']!r} is not supported (supported: 'default')")
+        rope = _checked_rope(config, source)
 
         def field(name: str, kind: type) -> Any:
             if name not in config:
                 raise InputError(f"{source}: field {name!r} is missing")
             value = config[name]
-            if kind is float and type(value) is int:
+            if kind is float and type(value) is int and abs(value) < 2**53:  # exact as a float
                 value = float(value)
             if type(value) is not kind:
                 raise InputError(f"{source}: {name}={value!r} must be {kind.__name__}")
             return value
 
         theta = rope.get("rope_theta", config.get("rope_theta"))
-        if not isinstance(theta, int | float):
-            raise InputError(f"{source}: neither rope_theta nor rope_parameters.rope_theta is a number")
+        if type(theta) not in {int, float} or not 0 < theta < 1e300:  # type() because a bool is an int
+            raise InputError(f"{source}: neither rope_theta nor rope_parameters.rope_theta is a positive number")
         heads, hidden = field("num_attention_heads", int), field("hidden_size", int)
-        head_dim = config.get("head_dim") or (hidden // heads if heads > 0 else 0)
-        if "head_dim" not in config and heads > 0 and hidden % heads:
-            raise InputError(f"{source}: hidden_size={hidden} is not a multiple of num_attention_heads={heads}")
+        head_dim = config.get("head_dim")
+        if head_dim is None:
+            if heads < 1 or hidden % heads:
+                raise InputError(f"{source}: hidden_size={hidden} is not a multiple of num_attention_heads={heads}")
+            head_dim = hidden // heads
         clip = config.get("clip_qkv")
         return cls(
             vocab_size=field("vocab_size", int),
@@ -125,7 +144,9 @@ class ModelConfig:
             return cls.from_hf(json.loads(path.read_text(encoding="utf-8")), source=str(path))
         except FileNotFoundError:
             raise InputError(f"{path}: no such file; a model directory holds config.json and *.safetensors") from None
-        except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        except InputError:
+            raise
+        except (ValueError, RecursionError, OSError) as error:  # not JSON, not UTF-8, nested too deep, not readable
             raise InputError(f"{path}: not readable as JSON ({error})") from None
 
     def to_hf(self) -> dict[str, Any]:

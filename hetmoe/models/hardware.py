@@ -1,6 +1,7 @@
 """The analog side of one decoder layer, as the layer's code sees it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from hetmoe.analog.spec import AnalogSpec
 from hetmoe.ops.crossbar_matmul.xla import crossbar_matmul
 
 # (inputs [groups, rows, K], which rows are real, expert of each group) -> statistics per expert
-Observer = Callable[[Array, Array, Array], Array]
+Observer = Callable[[Array, Array, Array], Any]
 
 
 @struct.dataclass

@@ -22,7 +22,7 @@ def choice_log_probs(
         choices: token ids whose log-probability is wanted, for instance the true next token alone.
     """
     count = hidden.shape[0]
-    chunk = min(CHUNK, count)
+    chunk = max(1, min(CHUNK, count))
     pad = -count % chunk
     hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, chunk, hidden.shape[1])
     wanted = jnp.pad(choices, ((0, pad), (0, 0))).reshape(-1, chunk, choices.shape[1])

@@ -1,5 +1,7 @@
 """Routing, and the experts of one layer: digital, analog, or both side by side."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -44,7 +46,7 @@ def moe_block(
     routing: Routing,
     hardware: LayerHardware | None,
     observe: Observer | None,
-) -> tuple[Float[Array, "tokens hidden"], dict[str, Array]]:
+) -> tuple[Float[Array, "tokens hidden"], dict[str, Any]]:
     """Runs each token through its experts (SwiGLU) and adds the results with the routing weights.
 
     Every token copy is multiplied once, by the clean weights of a digital expert or the programmed weights of an analog
@@ -56,11 +58,11 @@ def moe_block(
     real = (plan.slot_token < x.shape[0]).reshape(blocks.shape[:2])  # padding slots hold no token
     seen = {} if observe is None else {"experts_in": observe(blocks, real, plan.block_expert)}
 
+    rows = _copy_numbers(plan.token_slot, plan.slot_token.shape[0]).reshape(blocks.shape[:2])
     if hardware is None:
         gate = grouped_matmul(blocks, layer.gate, plan.block_expert)
         up = grouped_matmul(blocks, layer.up, plan.block_expert)
     else:
-        rows = _copy_numbers(plan.token_slot, plan.slot_token.shape[0]).reshape(blocks.shape[:2])
         gate = _analog(blocks, layer.gate, "gate", plan.block_expert, rows, hardware)
         up = _analog(blocks, layer.up, "up", plan.block_expert, rows, hardware)
     inner = (jax.nn.silu(gate) * up).astype(x.dtype)

@@ -8,24 +8,23 @@ from jaxtyping import Array, Float, Int
 
 from hetmoe.analog.calibration import Calibration
 from hetmoe.analog.programming import Matrix, ProgrammedWeights
-from hetmoe.analog.random import require_key
 from hetmoe.analog.spec import AnalogSpec
-from hetmoe.errors import InputError
+from hetmoe.models.analog_arguments import check_analog
 from hetmoe.models.attention import attend, rms_norm
 from hetmoe.models.config import ModelConfig
 from hetmoe.models.hardware import LayerHardware, Observer, crossbar_or_digital, dense_matmul
 from hetmoe.models.moe import Routing, moe_block, route
 from hetmoe.models.params import Layer, Params
-from hetmoe.placement.plan import Plan, check_plan
+from hetmoe.placement.plan import Plan
 
 
 def _decoder_layer(
     x: Array, layer: Layer, config: ModelConfig, hardware: LayerHardware | None, observe: Observer | None
-) -> tuple[Array, Routing, dict[str, Array]]:
+) -> tuple[Array, Routing, dict[str, Any]]:
     batch, seq, hidden = x.shape
     eps = config.rms_norm_eps
 
-    def note(inputs: Array) -> Array:
+    def note(inputs: Array) -> Any:
         assert observe is not None
         return observe(inputs[None], jnp.ones((1, inputs.shape[0]), bool), jnp.zeros((1,), jnp.int32))
 
@@ -37,7 +36,8 @@ def _decoder_layer(
         v = dense_matmul(normed, layer.v, "v", hardware)
         if config.clip_qkv is not None:
             q, k, v = (jnp.clip(t, -config.clip_qkv, config.clip_qkv) for t in (q, k, v))
-        mixed = attend(*(t.reshape(batch, seq, -1) for t in (q, k, v)), config).reshape(batch * seq, -1)
+        q, k, v = (t.reshape(batch, seq, -1) for t in (q, k, v))
+        mixed = attend(q, k, v, config).reshape(batch * seq, -1)
         if observe is not None:
             seen["attention_out"] = note(mixed)
         x = x + dense_matmul(mixed, layer.o, "o", hardware).reshape(x.shape)
@@ -71,32 +71,6 @@ def _layer_hardware(
     )
 
 
-def check_analog(
-    config: ModelConfig,
-    plan: Plan | None,
-    spec: AnalogSpec | None,
-    programmed: ProgrammedWeights | None,
-    calibration: Calibration | None,
-    read_key: jax.Array | None,
-) -> None:
-    """Raises InputError unless the analog arguments of `forward` are complete and fit together."""
-    given = {"plan": plan, "spec": spec, "programmed": programmed}
-    missing = [name for name, value in given.items() if value is None]
-    if len(missing) == len(given):
-        if calibration is not None or read_key is not None:
-            raise InputError("calibration and read_key are used on the analog path only: give plan, spec, programmed")
-        return
-    if plan is None or spec is None or programmed is None:
-        raise InputError(f"the analog path needs plan, spec and programmed together; missing: {', '.join(missing)}")
-    check_plan(plan, config)
-    if (plan.attention is not None or plan.lm_head is not None) and programmed.lm_head is None:
-        raise InputError("the plan puts dense modules on crossbars, but they are not programmed: program(dense=True)")
-    if (spec.read_noise is None) != (read_key is None):
-        raise InputError("spec.read_noise and read_key go together: give both or neither")
-    if read_key is not None:
-        require_key(read_key)
-
-
 def hidden_states(
     params: Params,
     tokens: Int[Array, "batch seq"],
@@ -108,7 +82,7 @@ def hidden_states(
     calibration: Calibration | None = None,
     read_key: jax.Array | None = None,
     observe: Observer | None = None,
-) -> tuple[Float[Array, "batch seq hidden"], Routing, dict[str, Array]]:
+) -> tuple[Float[Array, "batch seq hidden"], Routing, dict[str, Any]]:
     """Final normed hidden states, the routing of every layer, and what `observe` returned at every matrix input.
 
     Arguments as in `forward`; the last two results have a leading layer axis.
@@ -118,7 +92,7 @@ def hidden_states(
     if plan is not None and spec is not None and programmed is not None:
         hardware = _layer_hardware(plan, spec, programmed, calibration, read_key)
 
-    def step(x: Array, scanned: tuple[Layer, LayerHardware | None]) -> tuple[Array, tuple[Routing, dict[str, Array]]]:
+    def step(x: Array, scanned: tuple[Layer, LayerHardware | None]) -> tuple[Array, tuple[Routing, dict[str, Any]]]:
         layer, layer_hardware = scanned
         x, routing, seen = _decoder_layer(x, layer, config, layer_hardware, observe)
         return x, (routing, seen)

@@ -71,6 +71,10 @@ def check_plan(plan: Plan, config: ModelConfig) -> None:
     wanted = {"experts": (config.num_layers, config.num_experts), "attention": (config.num_layers,), "lm_head": ()}
     for name, shape in wanted.items():
         value = getattr(plan, name)
+        if value is None and name == "experts":
+            raise InputError("plan: experts is None; only attention and lm_head may be digital by structure")
+        if value is not None and value.dtype != jnp.bool_:
+            raise InputError(f"plan: {name} has dtype {value.dtype}, it must be a boolean array (True = analog)")
         if value is not None and value.shape != shape:
             raise InputError(f"plan: {name} has shape {list(value.shape)}, this model needs {list(shape)}")
 

@@ -31,7 +31,7 @@ def programmed(config: ModelConfig, *, per_column: bool = False, tile_rows: int 
 
 def without_dense(weights: ProgrammedWeights) -> ProgrammedWeights:
     """As `program(dense=False)` returns them."""
-    return ProgrammedWeights(layers=weights.layers.replace(q=None, k=None, v=None, o=None), lm_head=None)
+    return ProgrammedWeights(layers=dataclasses.replace(weights.layers, q=None, k=None, v=None, o=None), lm_head=None)
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def test_plan_of_another_model_is_refused() -> None:
 
 @pytest.mark.parametrize("given", ["attention", "lm_head"])
 def test_dense_modules_must_be_programmed(given: str) -> None:
-    plan = all_digital(CONFIG).replace(**{given: getattr(all_analog(CONFIG), given)})
+    plan = dataclasses.replace(all_digital(CONFIG), **{given: getattr(all_analog(CONFIG), given)})
     refused("program(dense=True)", plan=plan, programmed=without_dense(programmed(CONFIG)))
 
 

@@ -95,7 +95,7 @@ def test_large_scores_do_not_overflow() -> None:
 def test_bfloat16_attention() -> None:
     config = tiny_config()
     parts = [jnp.asarray(part, jnp.bfloat16) for part in qkv(config, 2, 11)]
-    actual = _attend(*parts, config)
+    actual = _attend(parts[0], parts[1], parts[2], config)
     assert actual.dtype == jnp.bfloat16
     q, k, v = (np.asarray(part).astype(np.float64) for part in parts)
     # Queries and keys are rounded after turning (2^-9 each) and meet in scores whose terms sum to about 40 in magnitude.
@@ -140,17 +140,16 @@ def test_gradient_of_attention() -> None:
     parts = qkv(config, 1, 5)
     weight, directions = normal(5, 1, 5, 24), [normal(6 + i, *part.shape) for i, part in enumerate(parts)]
 
-    def loss(*args: jax.Array) -> jax.Array:
-        return jnp.sum(attend(*args, config) * weight)
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jnp.sum(attend(q, k, v, config) * weight)
 
     grads = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*(jnp.asarray(p) for p in parts))
     for index, (grad, direction) in enumerate(zip(grads, directions, strict=True)):
         step, sides = 1e-5, []
         for sign in (1, -1):
-            moved = [part.astype(np.float64) for part in parts]
-            moved[index] = moved[index] + sign * step * direction
-            sides.append(np.sum(numpy_model.attention(*moved, config) * weight))
+            q, k, v = (p.astype(np.float64) + sign * step * directions[i] * (i == index) for i, p in enumerate(parts))
+            sides.append(np.sum(numpy_model.attention(q, k, v, config) * weight))
         expected = (sides[0] - sides[1]) / (2 * step)
         scale = float(np.sum(np.abs(np.asarray(grad) * direction)))
-        assert abs(float(np.sum(np.asarray(grad) * direction)) - expected) < 1e-5 * scale  # 100 units, as above
+        assert abs(float(np.sum(np.asarray(grad) * direction)) - expected) < 80 * UNIT * scale  # as above
         assert abs(expected) > 1e-3 * scale

@@ -1,5 +1,6 @@
 """The analog path's promises: what is digital stays digital, a flip stays where it is, one compile serves a sweep."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -163,8 +164,9 @@ def test_digital_experts_stay_exactly_digital() -> None:
         return jnp.where(flags, stacked, jnp.nan)
 
     layers = noisy().layers
-    layers = layers.replace(**{name: jax.tree.map(poison, getattr(layers, name)) for name in ("gate", "up", "down")})
-    layers = layers.replace(**{name: jax.tree.map(lambda a: a + jnp.nan, getattr(layers, name)) for name in "qkvo"})
+    spoiled_experts = {name: jax.tree.map(poison, getattr(layers, name)) for name in ("gate", "up", "down")}
+    spoiled_dense = {name: jax.tree.map(lambda a: a + jnp.nan, getattr(layers, name)) for name in "qkvo"}
+    layers = dataclasses.replace(layers, **spoiled_experts, **spoiled_dense)
     spoiled = ProgrammedWeights(layers=layers, lm_head=jax.tree.map(lambda a: a + jnp.nan, noisy().lm_head))
     after, _ = _run(params(), plan, spec_of(), spoiled)
     np.testing.assert_array_equal(after, before)
@@ -221,7 +223,7 @@ def test_vmap_over_keys_plans_and_noise_scales_equals_a_loop() -> None:
         return forward(params(), TOKENS, CONFIG, plan=plan, spec=spec, programmed=weights)
 
     keys = jax.random.split(jax.random.key(0), 3)
-    plans = [all_digital(CONFIG).replace(experts=jnp.asarray(random_experts(seed))) for seed in range(3)]
+    plans = [dataclasses.replace(all_digital(CONFIG), experts=jnp.asarray(random_experts(seed))) for seed in range(3)]
     specs = [spec_of(noise_scale=c) for c in (0.5, 1.0, 2.0)]
     mapped = jax.jit(jax.vmap(one))(keys, stack_plans(plans), jax.tree.map(lambda *leaves: jnp.stack(leaves), *specs))
     loop = [

@@ -1,5 +1,6 @@
 """Model directories: exact round trips, saves that are interrupted, and everything wrong around the weights."""
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -38,7 +39,10 @@ def test_round_trip_keeps_every_bit(tmp_path: pathlib.Path, dtype: Any, tied: bo
 
 def test_fingerprint_tells_models_apart() -> None:
     one = model()
-    others = [model(rope_theta=50.0), one.replace(params=random_params(tiny_config(num_layers=2, num_experts=3), 4))]
+    others = [
+        model(rope_theta=50.0),
+        dataclasses.replace(one, params=random_params(tiny_config(num_layers=2, num_experts=3), 4)),
+    ]
     assert len({hf.fingerprint(m) for m in (one, *others)}) == 3
 
 

@@ -1,5 +1,6 @@
 """Routing and the experts' block against float64 numpy that runs every token through its experts one by one."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -144,8 +145,8 @@ def test_experts_without_tokens_and_padding_do_not_leak() -> None:
     x, chosen = normal(2, 21, HIDDEN), distinct(3, 21, 2) % (EXPERTS - 1)
     weights = np.abs(normal(4, 21, 2))
     expected = _block(jnp.asarray(x), layer(), routing(chosen, weights))
-    poisoned = layer().replace(
-        **{name: getattr(layer(), name).at[EXPERTS - 1].set(jnp.nan) for name in ("gate", "up", "down")}
+    poisoned = dataclasses.replace(
+        layer(), **{name: getattr(layer(), name).at[EXPERTS - 1].set(jnp.nan) for name in ("gate", "up", "down")}
     )
     np.testing.assert_array_equal(_block(jnp.asarray(x), poisoned, routing(chosen, weights)), expected)
 

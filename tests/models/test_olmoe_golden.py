@@ -63,7 +63,7 @@ def load(name: str) -> Golden:
     layers = [jax.tree.map(lambda leaf, i=i: leaf[i], model.params.layers) for i in range(model.config.num_layers)]
     x = model.params.embed[recorded["tokens"]]
     # With experts whose output is zero a layer adds its attention alone.
-    silent = layers[0].replace(down=jnp.zeros_like(layers[0].down))
+    silent = dataclasses.replace(layers[0], down=jnp.zeros_like(layers[0].down))
     attention_0 = _layer(x, silent, model.config, None, None)[0] - x
     hidden, routings = [], []
     for layer in layers:

@@ -1,5 +1,6 @@
 """Plans: how many experts stay digital, which, and that wrong input is refused."""
 
+import dataclasses
 import math
 import re
 from typing import Any
@@ -73,7 +74,11 @@ def test_highest_scores_stay_digital() -> None:
 
 
 def test_ties_keep_the_lower_index_digital() -> None:
-    assert digital([[1.0, 2.0, 2.0, 2.0], [5.0, 5.0, 5.0, 5.0], [0.0, -0.0, 0.0, -0.0]], 0.5) == [[1, 2], [0, 1], [0, 1]]
+    assert digital([[1.0, 2.0, 2.0, 2.0], [5.0, 5.0, 5.0, 5.0], [0.0, -0.0, 0.0, -0.0]], 0.5) == [
+        [1, 2],
+        [0, 1],
+        [0, 1],
+    ]
 
 
 def test_infinite_scores_are_scores() -> None:
@@ -140,7 +145,7 @@ def test_the_named_plans() -> None:
 )
 def test_plan_of_another_shape_or_kind_is_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=re.escape(words)):
-        check_plan(all_analog(CONFIG).replace(**changes), CONFIG)
+        check_plan(dataclasses.replace(all_analog(CONFIG), **changes), CONFIG)
 
 
 def test_stacked_plans_map_back_to_themselves() -> None:
@@ -150,7 +155,7 @@ def test_stacked_plans_map_back_to_themselves() -> None:
     assert (stacked.experts.shape, stacked.attention, stacked.lm_head) == ((4, 3, 4), None, None)
     for index, plan in enumerate(plans):
         np.testing.assert_array_equal(stacked.experts[index], plan.experts)
-    full = stack_plans([all_analog(CONFIG), all_analog(CONFIG).replace(lm_head=jnp.zeros((), bool))])
+    full = stack_plans([all_analog(CONFIG), dataclasses.replace(all_analog(CONFIG), lm_head=jnp.zeros((), bool))])
     assert full.attention is not None
     assert full.lm_head is not None
     assert (full.attention.shape, full.lm_head.tolist()) == ((2, 3), [True, False])

@@ -25,6 +25,7 @@ class Branches(NamedTuple):
     coefficients: tuple[float, ...]
 
     def at(self, r: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """Value at relative conductance `r`."""
         logarithm = jnp.log(jnp.maximum(r, 1e-7))
         below = jnp.clip(self.slope * logarithm + self.offset, self.low, self.high)
         return jnp.where(r < self.switch, below, polynomial(self.coefficients, r))
@@ -65,16 +66,20 @@ class _Hermes(PowerLawPair, abc.ABC):
     def _fit(self) -> Fit: ...
 
     def programming_std(self, g: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """See `DifferentialPair.programming_std`."""
         fit = self._fit
         return polynomial(fit.programming_us, g / self.g_max_us) * (self.g_max_us / fit.reference_us)
 
     def drift_mean(self, g: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """See `PowerLawPair.drift_mean`."""
         return _DRIFT_MEAN.at(g / self.g_max_us)
 
     def drift_std(self, g: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """See `PowerLawPair.drift_std`."""
         return self._fit.drift_std.at(g / self.g_max_us)
 
     def read_q(self, g: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """See `PowerLawPair.read_q`."""
         return self._fit.read_q.at(g / self.g_max_us)
 
 

@@ -104,6 +104,7 @@ class PowerLawPair(DifferentialPair, abc.ABC):
 
     @property
     def has_drift(self) -> bool:
+        """True: drift and read noise are published."""
         return True
 
     @abc.abstractmethod
@@ -136,6 +137,7 @@ class PowerLawPair(DifferentialPair, abc.ABC):
         drift_normal: Float[Array, "*shape"],
         read_normal: Float[Array, "*shape"],
     ) -> Float[Array, "*shape"]:
+        """See `DifferentialPair.conductance_at`."""
         nu = jnp.abs(self.drift_mean(g) + self.drift_std(g) * drift_normal)
         drifted = g_programmed * self.drift_factor(nu, time_s)
         noise = self.read_q(g_programmed) * self.read_growth(time_s) * read_normal

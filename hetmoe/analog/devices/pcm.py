@@ -33,15 +33,19 @@ class PCM(PowerLawPair):
     t_read_s: float = 250e-9
 
     def programming_std(self, g: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """See `DifferentialPair.programming_std`."""
         return polynomial(_PROGRAMMING_US, g / self.g_max_us) * (self.g_max_us / _REFERENCE_US)
 
     def drift_mean(self, g: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """See `PowerLawPair.drift_mean`."""
         return jnp.clip(-0.0155 * _log_relative(g / self.g_max_us) + 0.0244, 0.049, 0.1)
 
     def drift_std(self, g: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """See `PowerLawPair.drift_std`."""
         return jnp.clip(-0.0125 * _log_relative(g / self.g_max_us) - 0.0059, 0.008, 0.045)
 
     def read_q(self, g: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """See `PowerLawPair.read_q`."""
         # The floor on r**0.65 is put on r itself: the same values, but a finite gradient at g = 0.
         r = jnp.maximum(g / self.g_max_us, 1e-3 ** (1 / 0.65))
         return jnp.minimum(0.0088 * r**-0.65, 0.2)

@@ -62,6 +62,7 @@ class CMOReRAM(Device):
 
     @property
     def has_drift(self) -> bool:
+        """True: drift and read noise are published."""
         return True
 
     def programming_std(self, g: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

@@ -53,4 +53,5 @@ class WanReRAM(DifferentialPair):
             raise InputError(f"fit_time_s={self.fit_time_s:g} s: {self.name!r} has fits at {times} s only")
 
     def programming_std(self, g: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """See `DifferentialPair.programming_std`."""
         return polynomial(_PROGRAMMING_US[self.fit_time_s], g / self.g_max_us) * (self.g_max_us / _REFERENCE_US)

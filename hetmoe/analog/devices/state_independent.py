@@ -27,13 +27,17 @@ class StateIndependent(PowerLawPair):
     t_read_s: float = 250e-9
 
     def programming_std(self, g: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """See `DifferentialPair.programming_std`."""
         return jnp.full_like(g, 0.2)
 
     def drift_mean(self, g: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """See `PowerLawPair.drift_mean`."""
         return jnp.full_like(g, 0.1)
 
     def drift_std(self, g: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """See `PowerLawPair.drift_std`."""
         return jnp.full_like(g, 0.05)
 
     def read_q(self, g: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """See `PowerLawPair.read_q`."""
         return jnp.full_like(g, 1.0 / self.g_max_us)

@@ -38,7 +38,7 @@ def tiled_product(
         input_range: row-block -> DAC range broadcast against `x`; None = `max |x|` per vector and row-block.
         adc_bound: lambda, scalar.
         weight_max: row-block -> `max |w|` broadcast against the outputs.
-        analog: bool broadcast against `x[..., :1]`; where False the converters and noise are by-passed. None = all True.
+        analog: bool broadcast against `x[..., :1]`; where False, converters and noise are by-passed. None = all True.
         options: static options.
         read: per-product noise: (noise, key, row numbers `[...]` uint32), or None.
 
@@ -65,7 +65,8 @@ def tiled_product(
         if read is not None:
             noise, key, row_ids = read
             square = matmul(jnp.square(inputs), start, size, True) if noise.kind == "pcm" else None
-            std = read_noise_std(noise, inputs, weight_max(block), square)
+            tile_max = jnp.max(weight_max(block), axis=-1, keepdims=True)  # of the tile, also where ADCs are per column
+            std = read_noise_std(noise, inputs, tile_max, square)
             draws = read_draws(key, block, row_ids.reshape(-1), outputs.shape[-1]).reshape(outputs.shape)
             result = result + std * draws
         if options.adc_bits is not None:

@@ -14,7 +14,9 @@ def grouped_matmul(x: Array, w: Array, block_expert: Array) -> Array:
 
     def one(block: tuple[Array, Array]) -> Array:
         rows, expert = block
-        return jnp.matmul(rows, w[expert].astype(rows.dtype), preferred_element_type=jnp.float32)
+        # HIGHEST: float32 operands are otherwise cut to TF32 or bfloat16 on GPU and TPU.
+        weights = w[expert].astype(rows.dtype)
+        return jnp.matmul(rows, weights, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
     return jax.lax.map(one, (x, block_expert))
 
