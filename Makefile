@@ -1,5 +1,7 @@
 # What `make demo` evaluates, and where the results go.
-DEMO_ARGS ?= --digital 0.125 --digital 0.25 --seeds 8 --json build/demo/results.json --plot build/demo/demo.png
+DEMO_ARGS ?= --digital 0.125 --digital 0.25 --seeds 8 \
+	--noise-scale 0 --noise-scale 1 --noise-scale 2 --noise-scale 3 --noise-scale 5 --noise-scale 7.5 --noise-scale 10 \
+	--json build/demo/results.json --plot build/demo/demo.png
 
 PYTHON ?= python3
 VENV := .venv

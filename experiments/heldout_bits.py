@@ -71,9 +71,9 @@ def measure(model: Model, files: list[Path]) -> dict[str, dict[str, Any]]:
 def _summary(row: np.ndarray) -> dict[str, Any]:
     nll, size, sliding_nll, sliding_size, tokens = row
     return {
-        "bits_per_byte": round(nll / math.log(2) / size, 4),
+        "bits_per_byte": round(float(nll) / math.log(2) / size, 4),
         "perplexity": round(math.exp(nll / tokens), 2),
-        "bits_per_byte_sliding": round(sliding_nll / math.log(2) / sliding_size, 4),
+        "bits_per_byte_sliding": round(float(sliding_nll) / math.log(2) / sliding_size, 4),
         "tokens": int(tokens),
         "bytes": int(size),
     }

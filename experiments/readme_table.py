@@ -46,8 +46,9 @@ def main() -> None:
     record = json.loads((demo / "results.json").read_text(encoding="utf-8"))
     text, seeds = record["text"], record["options"]["seeds"]
     body = (
-        f"Perplexity per token of the embedded model on {text['tokens']:,} held-out tokens, {record['options']['device']} "
-        f"noise, mean ± standard error over {seeds} seeds:\n\n{table(record, 'perplexity', 1.0)}\n"
+        f"Perplexity per token of the embedded model on {text['tokens']:,} held-out tokens, "
+        f"{record['options']['device']} noise, mean ± standard error over {seeds} seeds:\n\n"
+        f"{table(record, 'perplexity', 1.0)}\n"
         f"Next-word accuracy, % of {text['questions']:,} questions with four answers:\n\n"
         f"{table(record, 'accuracy', 100.0)}"
     )

@@ -10,8 +10,9 @@ CARD = """# hetmoe reference model
 
 A mixture-of-experts language model small enough to ship with the package ({parameters:,} parameters,
 bfloat16), in the OLMoE layout (`config.json`, `model.safetensors`, `tokenizer.json`): {layers} layers,
-hidden {hidden}, {experts} experts a layer of intermediate size {inner}, top-{copies}, {vocabulary}-entry byte-level BPE, context
-{context}. It exists so that every experiment of hetmoe runs anywhere in minutes. It is not useful as a language model.
+hidden {hidden}, {experts} experts a layer of intermediate size {inner}, top-{copies},
+{vocabulary}-entry byte-level BPE, context {context}.
+It exists so that every experiment of hetmoe runs anywhere in minutes. It is not useful as a language model.
 
 ## Training
 

@@ -89,7 +89,7 @@ def test_eval_takes_text_drift_and_dynamic_ranges(run: Run, tmp_path: Path) -> N
     text.write_text("It is a truth that the old man and the young woman of the house had a good deal to say. " * 60)
     code, out, err = run(
         "eval", "reference", "--text", text, "--tokens", "128", "--seq", "32", "--seeds", "1", "--device", "hermes",
-        "--time", "86400", "--drift-compensation", "--input-range", "dynamic", "--dac-bits", "0", "--adc-bits", "0",
+        "--time", "86400", "--drift-compensation", "--read-noise", "0.02", "--input-range", "dynamic", "--dac-bits", "0", "--adc-bits", "0",
     )  # fmt: skip
     assert code == 0, err
     assert "128 held-out tokens" in out or "128" in out
@@ -121,6 +121,8 @@ BAD_EVAL = [
     (("--device", "additive", "--time", "5"), "publishes no drift"),
     (("--device", "reram_wan", "--time", "5"), "1, 86400, 172800 s"),
     (("--drift-compensation",), "needs time_s"),
+    (("--read-noise", "-0.1"), "std=-0.1 must be"),
+    (("--read-noise", "0.1", "--read-noise-kind", "pink"), "read noise 'pink' is unknown"),
     (("--input-range", "guess"), "method 'guess' is unknown"),
     (("--range-k", "0"), "k=0.0 must be positive"),
     (("--adc-bound", "0"), "adc_bound=0.0 must be positive"),

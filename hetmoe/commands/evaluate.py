@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from hetmoe.analog.calibration import Calibration, RangeMethod
+from hetmoe.analog.read_noise import make_read_noise
 from hetmoe.analog.spec import AnalogSpec, analog_spec, describe
 from hetmoe.commands.common import WINDOWS_TO_CALIBRATE, choose_text, write_json
 from hetmoe.errors import InputError
@@ -52,12 +53,15 @@ class EvalRequest:
     noise_scales: list[float]
     time_s: float | None
     drift_compensation: bool
+    read_noise: float
+    read_noise_kind: str
     seeds: int
     seed: int
     text: Path | None
     tokens: int | None
     seq: int
     batch: int
+    jobs: int | None
     input_range: str
     range_k: float
     adc_bound: float
@@ -72,8 +76,8 @@ class EvalRequest:
 
     def check(self) -> None:
         """Raises InputError for values that need neither model nor text to be seen wrong."""
-        for name in ("seeds", "seq", "batch"):
-            if getattr(self, name) < 1:
+        for name in ("seeds", "seq", "batch", "jobs"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)} must be at least 1")
         if self.seed < 0:
             raise InputError(f"--seed {self.seed} must be at least 0")
@@ -100,6 +104,7 @@ class EvalRequest:
             self.device, noise_scale=noise_scale, time_s=self.time_s, drift_compensation=self.drift_compensation,
             dac_bits=self.dac_bits, adc_bits=self.adc_bits, adc_bound=self.adc_bound, bound_axis=self.bound_axis,
             tile_rows=self.tile_rows,
+            read_noise=make_read_noise(self.read_noise_kind, self.read_noise) if self.read_noise != 0 else None,
         )  # fmt: skip
 
     def range_method(self) -> RangeMethod:
@@ -194,6 +199,7 @@ def _sweep(
         task = bar.add_task("noise seeds x placements", total=total)
         return noise_sweep(
             model, spec, calibration, placements, request.noise_scales, keys, batches, size,
+            jobs=request.jobs or (2 if jax.default_backend() == "cpu" else 1),
             progress=lambda done: bar.advance(task, done),
         )  # fmt: skip
 

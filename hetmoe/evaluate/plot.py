@@ -1,6 +1,7 @@
 """The figure of a noise sweep: three metrics against noise scale, with bands of one standard error."""
 
 import io
+import math
 from collections.abc import Sequence
 
 import matplotlib.figure
@@ -16,6 +17,11 @@ _METRICS = (
     ("bits_per_byte", "bits per byte", 1.0),
     ("accuracy", "next-word accuracy, 1 of 4 (%)", 100.0),
 )
+
+
+def _at_five_times_the_perplexity(digital: Point, metric: str) -> float:
+    perplexity, bits = digital.mean("perplexity"), digital.mean("bits_per_byte")
+    return 5 * perplexity if metric == "perplexity" else bits * (1 + math.log(5) / math.log(perplexity))
 
 
 def plot_sweep(digital: Point, points: Sequence[Point], title: str) -> bytes:
@@ -34,6 +40,12 @@ def plot_sweep(digital: Point, points: Sequence[Point], title: str) -> bytes:
             style = "--" if name.startswith("random") else "-"
             panel.plot(x, y, style, color=colour, marker=_MARKERS[index % len(_MARKERS)], ms=4.5, lw=1.5, label=name)
             panel.fill_between(x, y - error, y + error, color=colour, alpha=0.22, lw=0)
+        if metric != "accuracy":
+            # A model that fails outright would squeeze all others: the axis ends at 5 times the digital perplexity.
+            limit = _at_five_times_the_perplexity(digital, metric)
+            values = [p.mean(metric) * factor for p in points]
+            low = min([digital.mean(metric), *values])
+            panel.set_ylim(low - 0.04 * (limit - low), min(limit, max(values) + 0.05 * (limit - low)))
         panel.set_xlabel("programming-noise scale c")
         panel.set_ylabel(label)
         panel.grid(alpha=0.25)

@@ -161,7 +161,7 @@ def test_only_keys_are_keys(bad: Any) -> None:
 
 @pytest.mark.parametrize("implementation", ["rbg", "unsafe_rbg"])
 def test_other_generators_are_refused(implementation: str) -> None:
-    with pytest.raises(TypeError, match=f"must be threefry2x32, got .*{implementation}"):
+    with pytest.raises(TypeError, match=f"a threefry2x32 key is needed, got .*{implementation}"):
         require_key(jax.random.key(0, impl=implementation))
 
 

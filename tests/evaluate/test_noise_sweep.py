@@ -38,7 +38,7 @@ def sweep(tiny: Model, batches: Batches, scales: list[float], seeds: int) -> tup
         random_placement("random", tiny, 0.5, keys),
     ]
     done: list[int] = []
-    points = noise_sweep(tiny, spec, None, placements, scales, keys, batches, SIZE, progress=done.append)
+    points = noise_sweep(tiny, spec, None, placements, scales, keys, batches, SIZE, jobs=2, progress=done.append)
     return points, sum(done), evaluations(placements, scales, spec, seeds)
 
 
@@ -76,8 +76,20 @@ def test_plans_that_do_not_fit_are_refused(tiny: Model, batches: Batches) -> Non
     keys = jax.random.split(jax.random.key(0), 2)
     spec = hetmoe.analog_spec("pcm")
     wrong = Plan(experts=np.ones((2, 7), bool), attention=None, lm_head=None)  # pyright: ignore[reportArgumentType]
-    for plans, message in (([wrong], r"experts has shape \[2, 7\]"), ([experts_analog(tiny.config)] * 3, "3 plans for")):
+    for plans, message in (
+        ([wrong], r"experts has shape \[2, 7\]"),
+        ([experts_analog(tiny.config)] * 3, "3 plans for"),
+    ):
         with pytest.raises(InputError, match=message):
             noise_sweep(
-                tiny, spec, None, [Placement(name="x", plans=plans)], [1.0], keys, batches, SIZE, progress=lambda _: None
+                tiny,
+                spec,
+                None,
+                [Placement(name="x", plans=plans)],
+                [1.0],
+                keys,
+                batches,
+                SIZE,
+                jobs=1,
+                progress=lambda _: None,
             )

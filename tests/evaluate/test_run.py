@@ -17,8 +17,8 @@ from hetmoe.placement.plan import Plan, all_analog, all_digital, experts_analog,
 def expected_totals(logits: np.ndarray, windows: Windows, choices: np.ndarray) -> tuple[float, float]:
     """(nats, correct) in float64 from logits [windows, seq, vocab]."""
     wide = logits.astype(np.float64)
-    log_probs = wide - np.log(np.exp(wide - wide.max(-1, keepdims=True)).sum(-1, keepdims=True)) - wide.max(
-        -1, keepdims=True
+    log_probs = (
+        wide - np.log(np.exp(wide - wide.max(-1, keepdims=True)).sum(-1, keepdims=True)) - wide.max(-1, keepdims=True)
     )
     chosen = np.take_along_axis(log_probs, choices, axis=-1)
     best = (chosen[..., 0] > chosen[..., 1:].max(-1)) & windows.whole_word

@@ -38,7 +38,7 @@ def rms_norm(x: Float, gain: Float, eps: float) -> Float:
 
 
 def rotary(x: Float, theta: float) -> Float:
-    """`x[seq, dim]` of one head: elements i and i + dim/2 are a complex number turned by `position * theta^(-2i/dim)`."""
+    """`x[seq, dim]` of a head: elements i and i + dim/2 as a complex number, turned by `position * theta^(-2i/dim)`."""
     seq, dim = x.shape
     angle = np.arange(seq)[:, None] * theta ** (-2.0 * np.arange(dim // 2) / dim)
     turned = (x[:, : dim // 2] + 1j * x[:, dim // 2 :]) * np.exp(1j * angle)

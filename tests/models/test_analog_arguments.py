@@ -88,7 +88,7 @@ def test_read_noise_needs_its_key_and_a_key_its_noise() -> None:
 
 @pytest.mark.parametrize("key", [jax.random.PRNGKey(0), 0, jax.random.key(0, impl="rbg")])
 def test_read_key_must_be_a_threefry_key(key: Any) -> None:
-    with pytest.raises(TypeError, match="threefry|PRNG key"):
+    with pytest.raises(TypeError, match=r"threefry|PRNG key"):
         check_analog(CONFIG, **arguments(spec=analog_spec(tile_rows=TILE_ROWS, read_noise=NOISE), read_key=key))
 
 

@@ -98,7 +98,7 @@ def test_bfloat16_attention() -> None:
     actual = _attend(parts[0], parts[1], parts[2], config)
     assert actual.dtype == jnp.bfloat16
     q, k, v = (np.asarray(part).astype(np.float64) for part in parts)
-    # Queries and keys are rounded after turning (2^-9 each) and meet in scores whose terms sum to about 40 in magnitude.
+    # Queries and keys are rounded after turning (2^-9 each), and meet in scores whose terms sum to about 40.
     limit = 40 * 2.0**-9 * np.abs(v).max()
     np.testing.assert_allclose(
         np.asarray(actual, np.float64), numpy_model.attention(q, k, v, config), rtol=0, atol=limit
@@ -121,8 +121,11 @@ def test_later_tokens_do_not_change_attention(position: int) -> None:
 
 
 def test_later_tokens_do_not_change_logits() -> None:
-    """Through the whole model. Other tokens move a token to another slot of its expert's block, where a matmul may sum
-    in another order: a few units of the largest logit."""
+    """Through the whole model.
+
+    Other tokens move a token to another slot of its expert's block, where a matmul may sum in another order: a few
+    units of the largest logit.
+    """
     config = tiny_config(num_layers=2)
     params, tokens = random_params(config, 0), random_tokens(config, 1, (2, 12))
     run: Any = jax.jit(forward, static_argnames="config")

@@ -253,7 +253,6 @@ def test_any_change_of_the_bytes_gives_a_config_or_an_input_error(
     path.write_bytes(data)
     try:
         result = ModelConfig.from_file(path)
-    except InputError as error:
-        assert str(error)
-    else:
-        assert isinstance(result, ModelConfig)
+    except InputError:
+        return
+    assert isinstance(result, ModelConfig)

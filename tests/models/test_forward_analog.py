@@ -27,8 +27,7 @@ TOKENS = random_tokens(CONFIG, 1, (3, 7))
 ROUNDING = 2e-6
 
 _digital = jax.jit(lambda params: forward(params, TOKENS, CONFIG))
-_experts_only = jax.jit(lambda params, **analog: forward(params, TOKENS, CONFIG, **analog))
-_ideal = jax.jit(lambda params, **analog: forward(params, TOKENS, CONFIG, **analog))
+_forward = jax.jit(lambda params, **analog: forward(params, TOKENS, CONFIG, **analog))
 
 
 @jax.jit
@@ -99,7 +98,7 @@ def test_a_plan_that_is_all_digital_is_the_digital_model() -> None:
     assert np.all(noisy().layers.gate.w != params().layers.gate)
     by_value, _ = _run(params(), plan_of(False, False), spec_of(), noisy())
     assert largest(by_value - digital_logits()) < ROUNDING
-    by_structure = _experts_only(params(), plan=all_digital(CONFIG), spec=spec_of(), programmed=noisy())
+    by_structure = _forward(params(), plan=all_digital(CONFIG), spec=spec_of(), programmed=noisy())
     assert by_structure.dtype == jnp.float32
     assert largest(by_structure.reshape(by_value.shape) - digital_logits()) < ROUNDING
     read, _ = _run_read(params(), plan_of(False, False), READ_SPEC, noisy(), jax.random.key(0), TOKENS)
@@ -111,11 +110,11 @@ def test_ideal_crossbars_are_the_digital_model() -> None:
     clean = _program(jax.random.key(7), params(), spec_of(noise_scale=0.0))
     np.testing.assert_array_equal(clean.layers.down.w, params().layers.down)
     ideal = spec_of(noise_scale=0.0, dac_bits=None, adc_bits=None)
-    result = _ideal(params(), plan=all_analog(CONFIG), spec=ideal, programmed=clean)
+    result = _forward(params(), plan=all_analog(CONFIG), spec=ideal, programmed=clean)
     assert largest(result.reshape(digital_logits().shape) - digital_logits()) < ROUNDING
     converted, _ = _run(params(), all_analog(CONFIG), spec_of(), clean)
     assert largest(converted - digital_logits()) > 1000 * ROUNDING  # converters alone do change something
-    noise = _ideal(params(), plan=all_analog(CONFIG), spec=ideal, programmed=noisy())
+    noise = _forward(params(), plan=all_analog(CONFIG), spec=ideal, programmed=noisy())
     assert largest(noise.reshape(digital_logits().shape) - digital_logits()) > 1000 * ROUNDING  # and so does noise
 
 
@@ -227,7 +226,7 @@ def test_vmap_over_keys_plans_and_noise_scales_equals_a_loop() -> None:
     specs = [spec_of(noise_scale=c) for c in (0.5, 1.0, 2.0)]
     mapped = jax.jit(jax.vmap(one))(keys, stack_plans(plans), jax.tree.map(lambda *leaves: jnp.stack(leaves), *specs))
     loop = [
-        _experts_only(params(), plan=plan, spec=spec, programmed=_program(key, params(), spec))
+        _forward(params(), plan=plan, spec=spec, programmed=_program(key, params(), spec))
         for key, plan, spec in zip(keys, plans, specs, strict=True)
     ]
     # A batched matmul may sum in another order, and a code next to a boundary then moves: of 7-token sequences, most.
@@ -289,10 +288,10 @@ def test_bfloat16_runs_and_agrees_loosely() -> None:
     weights = jax.jit(functools.partial(program, dense=False))(jax.random.key(0), narrow, spec)
     assert weights.layers.down.w.dtype == jnp.bfloat16
     assert weights.layers.down.weight_max.dtype == jnp.float32
-    actual = _experts_only(narrow, plan=plan, spec=spec, programmed=weights)
+    actual = _forward(narrow, plan=plan, spec=spec, programmed=weights)
     assert actual.dtype == jnp.float32
     wide = _program(jax.random.key(0), params(), spec)
-    expected = np.asarray(_experts_only(params(), plan=plan, spec=spec, programmed=wide))
+    expected = np.asarray(_forward(params(), plan=plan, spec=spec, programmed=wide))
     # Relative roundings of 2^-9 add up over two layers of about ten roundings each; a few tokens choose other experts.
     error = np.abs(np.asarray(actual) - expected).max(axis=-1) / np.abs(expected).max()
     assert np.median(error) < 20 * 2.0**-9

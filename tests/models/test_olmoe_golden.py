@@ -1,4 +1,4 @@
-"""The model against transformers' float32 OLMoE: two random checkpoints, values recorded by tests/golden/make_olmoe.py."""
+"""The model against transformers' float32 OLMoE: two random checkpoints, recorded by tests/golden/make_olmoe.py."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ from tests.models import numpy_model
 FOLDER = pathlib.Path(__file__).parents[1] / "golden"
 NAMES = ("olmoe_tiny", "olmoe_tiny_clip")
 # The recorded float32 values are up to `float32_error` away from the same model in float64. Ours are float32 in another
-# order of summation, so of the same error; 1 for theirs, and 3 for ours because a maximum varies. Measured: at most 1.7.
+# order of summation, so of the same error; 1 for theirs, 3 for ours because a maximum varies. Measured: at most 1.7.
 ERRORS_ALLOWED = 4
 
 _layer = jax.jit(_decoder_layer, static_argnames=("config", "hardware", "observe"))

@@ -70,7 +70,7 @@ def test_read_key_must_be_a_key(bad: object) -> None:
 
 
 def test_read_key_must_be_threefry() -> None:
-    with pytest.raises(TypeError, match=r"threefry2x32, got .*rbg"):
+    with pytest.raises(TypeError, match=r"a threefry2x32 key is needed, got .*rbg"):
         crossbar_matmul(jnp.ones((2, 10)), jnp.ones((10, 3)), read_noise=NOISE, read_key=jax.random.key(0, impl="rbg"))
 
 

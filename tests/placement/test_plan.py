@@ -1,6 +1,7 @@
 """Plans: how many experts stay digital, which, and that wrong input is refused."""
 
 import dataclasses
+import inspect
 import math
 import re
 from typing import Any
@@ -87,15 +88,14 @@ def test_infinite_scores_are_scores() -> None:
 
 
 def test_scores_of_other_dtypes() -> None:
-    scores = jnp.asarray([[1, 3, 2]], jnp.bfloat16)
-    assert place(scores, 1 / 3).experts.tolist() == [[True, False, True]]
-    assert place(jnp.asarray([[1, 3, 2]], jnp.int32), 1 / 3).experts.tolist() == [[True, False, True]]
+    for dtype in (jnp.bfloat16, jnp.float16):
+        assert place(jnp.asarray([[1, 3, 2]], dtype), 1 / 3).experts.tolist() == [[True, False, True]]
 
 
 @given(st.lists(st.lists(st.integers(-3, 3), min_size=6, max_size=6), min_size=1, max_size=3), st.floats(0, 1))
 @settings(deadline=None, derandomize=True)
 def test_place_by_its_definition(rows: list[list[int]], fraction: float) -> None:
-    expected = [sorted(sorted(range(6), key=lambda e: (-row[e], e))[: digital_count(fraction, 6)]) for row in rows]  # noqa: B023
+    expected = [sorted(sorted(range(6), key=lambda e: (-row[e], e))[: digital_count(fraction, 6)]) for row in rows]
     assert digital(rows, fraction) == expected
 
 
@@ -107,8 +107,9 @@ def test_nan_scores_are_refused(scores: list[list[float]]) -> None:
 
 @pytest.mark.parametrize("shape", [(), (4,), (2, 3, 4)])
 def test_scores_must_be_layers_by_experts(shape: tuple[int, ...]) -> None:
+    unchecked = inspect.unwrap(place)  # the tests' own check of annotated shapes would come first
     with pytest.raises(InputError, match=re.escape(str(list(shape)))):
-        place(jnp.zeros(shape), 0.5)
+        unchecked(jnp.zeros(shape), 0.5)
 
 
 def test_the_named_plans() -> None:
