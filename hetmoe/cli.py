@@ -98,7 +98,8 @@ def eval(  # noqa: A001
             drift_compensation=drift_compensation, read_noise=read_noise, read_noise_kind=read_noise_kind,
             seeds=seeds, seed=seed, text=text, tokens=tokens, seq=seq,
             batch=batch, jobs=jobs, input_range=input_range, range_k=range_k, adc_bound=adc_bound,
-            bound_axis=bound_axis, dac_bits=dac_bits or None, adc_bits=adc_bits or None, tile_rows=tile_rows, down_axis=down_axis,
+            bound_axis=bound_axis, dac_bits=dac_bits or None, adc_bits=adc_bits or None, tile_rows=tile_rows,
+            down_axis=down_axis,
             dtype=dtype, json_file=json_file, plot=plot,
         )
     )  # fmt: skip

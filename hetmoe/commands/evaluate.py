@@ -15,7 +15,7 @@ from rich.table import Table
 from hetmoe.analog.calibration import Calibration, RangeMethod
 from hetmoe.analog.read_noise import make_read_noise
 from hetmoe.analog.spec import AnalogSpec, analog_spec, describe
-from hetmoe.commands.common import WINDOWS_TO_CALIBRATE, choose_text, write_json
+from hetmoe.commands.common import WINDOWS_TO_CALIBRATE, choose_text, make_console, write_json
 from hetmoe.errors import InputError
 from hetmoe.evaluate.calibrate import calibrate
 from hetmoe.evaluate.next_word import word_questions
@@ -116,7 +116,7 @@ def run(request: EvalRequest) -> None:
     """Evaluates and reports."""
     request.check()
     started = time.perf_counter()
-    console = Console()
+    console = make_console()
     model = load_model(request.model, request.dtype)
     files = choose_text(request.text)
     sources = load_windows(model, files, request.seq)
@@ -152,7 +152,8 @@ def run(request: EvalRequest) -> None:
         ("bits_per_byte", "Bits per byte", 1.0),
         ("accuracy", "Next-word accuracy, % of questions with 4 answers", 100.0),
     ):
-        console.print(_table(title, metric, factor, digital, points))
+        for table in _tables(title, metric, factor, digital, points, console):
+            console.print(table)
     console.print(f"mean ± standard error over {request.seeds} seeds; done in {seconds:.0f} s")
     if request.plot is not None:
         title = f"{model.name}: {request.device} programming noise, {size.tokens:,} tokens, {request.seeds} seeds"
@@ -204,22 +205,40 @@ def _sweep(
         )  # fmt: skip
 
 
-def _table(title: str, metric: str, factor: float, digital: Point, points: list[Point]) -> Table:
-    digits = 3 if metric == "bits_per_byte" else 2
+def _tables(
+    title: str, metric: str, factor: float, digital: Point, points: list[Point], console: Console
+) -> list[Table]:
+    """One table, or several where the terminal is too narrow for all noise scales."""
     scales = list(dict.fromkeys(p.noise_scale for p in points))
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("placement", no_wrap=True)
+    names = list(dict.fromkeys(p.placement for p in points))
+    digits = 3 if metric == "bits_per_byte" else 2
+
+    def cell(point: Point) -> str:
+        error = point.standard_error(metric)
+        spread = "" if error is None else f" ± {error * factor:.{digits}f}"
+        return f"{point.mean(metric) * factor:.{digits}f}{spread}"
+
+    cells = {(p.placement, p.noise_scale): cell(p) for p in points}
+    widths = {s: max(len(f"c = {s:g}"), *(len(cells[n, s]) for n in names)) + 3 for s in scales}
+    room = console.width - max(len(n) for n in names) - 4
+    parts: list[list[float]] = []
     for scale in scales:
-        table.add_column(f"c = {scale:g}", justify="right", no_wrap=True)
-    table.add_row("all digital", *[f"{digital.mean(metric) * factor:.{digits}f}"] * len(scales))
-    for name in dict.fromkeys(p.placement for p in points):
-        cells = []
-        for point in (p for p in points if p.placement == name):
-            error = point.standard_error(metric)
-            spread = "" if error is None else f" ± {error * factor:.{digits}f}"
-            cells.append(f"{point.mean(metric) * factor:.{digits}f}{spread}")
-        table.add_row(name, *cells)
-    return table
+        if parts and sum(widths[s] for s in parts[-1]) + widths[scale] <= room:
+            parts[-1].append(scale)
+        else:
+            parts.append([scale])
+
+    tables: list[Table] = []
+    for part in parts:
+        table = Table(title=title, title_justify="left", title_style="bold")
+        table.add_column("placement", no_wrap=True)
+        for scale in part:
+            table.add_column(f"c = {scale:g}", justify="right", no_wrap=True)
+        table.add_row("all digital", *[f"{digital.mean(metric) * factor:.{digits}f}"] * len(part))
+        for name in names:
+            table.add_row(name, *(cells[name, scale] for scale in part))
+        tables.append(table)
+    return tables
 
 
 def _record(

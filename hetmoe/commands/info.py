@@ -5,10 +5,9 @@ import math
 from pathlib import Path
 
 import jax
-from rich.console import Console
 from rich.table import Table
 
-from hetmoe.commands.common import write_json
+from hetmoe.commands.common import make_console, write_json
 from hetmoe.evaluate.provenance import provenance
 from hetmoe.files import check_writable
 from hetmoe.models.hf import fingerprint, load_model
@@ -47,7 +46,7 @@ def run(model_name: str, dtype: str | None, json_file: Path | None) -> None:
     if json_file is not None:
         check_writable(json_file)
     model = load_model(model_name, dtype)
-    config, console = model.config, Console()
+    config, console = model.config, make_console()
     counts = parameters_by_module(model.params)
     total = sum(counts.values())
     share = config.experts_per_token / config.num_experts

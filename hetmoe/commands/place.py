@@ -5,10 +5,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
-from hetmoe.commands.common import choose_text
+from hetmoe.commands.common import choose_text, make_console
 from hetmoe.errors import InputError
 from hetmoe.evaluate.text import load_windows, split_windows
 from hetmoe.files import check_writable
@@ -40,7 +39,7 @@ def run(
     scores = score_experts(model, rule, key=key, tokens=sample, down_axis=down_axis)  # pyright: ignore[reportArgumentType]
     plan = place(scores, fraction)
 
-    console = Console()
+    console = make_console()
     table = Table(title=f"{model.name}: {rule}, {fraction:.1%} of experts digital", title_justify="left")
     for heading in ("layer", "lowest", "median", "highest", "digital experts, highest score first"):
         table.add_column(heading, justify="left" if heading.startswith("digital") else "right")
