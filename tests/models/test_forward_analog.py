@@ -26,7 +26,6 @@ TOKENS = random_tokens(CONFIG, 1, (3, 7))
 # relative to the largest logit. Measured below 3e-7.
 ROUNDING = 2e-6
 
-_digital = jax.jit(lambda params: forward(params, TOKENS, CONFIG))
 _forward = jax.jit(lambda params, **analog: forward(params, TOKENS, CONFIG, **analog))
 
 
@@ -71,7 +70,7 @@ def noisy() -> ProgrammedWeights:
 
 @functools.cache
 def digital_logits() -> np.ndarray:
-    return np.asarray(_digital(params())).reshape(-1, CONFIG.vocab_size)
+    return np.asarray(_forward(params())).reshape(-1, CONFIG.vocab_size)
 
 
 def spec_of(**changes: Any) -> AnalogSpec:
@@ -88,8 +87,7 @@ def random_experts(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).random((LAYERS, EXPERTS)) < 0.5
 
 
-def largest(difference: Any) -> float:
-    """Relative to the largest digital logit."""
+def largest(difference: Any) -> float:  # relative to the largest digital logit
     return float(np.abs(difference).max() / np.abs(digital_logits()).max())
 
 
@@ -286,9 +284,9 @@ def test_bfloat16_runs_and_agrees_loosely() -> None:
     narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params())
     plan, spec = experts_analog(CONFIG), spec_of(noise_scale=1.0)
     wide = _program(jax.random.key(0), params(), spec)
-    weights = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(leaf.dtype), wide)  # what rounding makes of it
+    # As `program` stores them, without compiling it once more: weights in bfloat16, their maxima in float32.
     shapes = jax.eval_shape(functools.partial(program, dense=True), jax.random.key(0), narrow, spec)
-    weights = jax.tree.map(lambda leaf, shape: leaf.astype(shape.dtype), weights, shapes)
+    weights = jax.tree.map(lambda leaf, shape: leaf.astype(jnp.bfloat16).astype(shape.dtype), wide, shapes)
     assert weights.layers.down.w.dtype == jnp.bfloat16
     assert weights.layers.down.weight_max.dtype == jnp.float32
     actual = _forward(narrow, plan=plan, spec=spec, programmed=weights)

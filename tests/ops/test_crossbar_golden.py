@@ -74,7 +74,7 @@ BITS = st.none() | st.integers(2, 16)
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**32 - 1),
     batch=st.sampled_from([(), (1,), (2, 3)]),

@@ -74,9 +74,7 @@ def assert_same(actual: np.ndarray, wanted: np.ndarray, terms: int, magnitude: f
 
 
 @every_implementation
-@pytest.mark.parametrize(
-    ("bits", "adc_bound"), [((8, 8), 12.0), ((8, 8), 0.5), ((None, 8), 12.0), ((4, None), 12.0), ((None, None), 1.0)]
-)
+@pytest.mark.parametrize(("bits", "adc_bound"), [((8, 8), 12.0), ((8, 8), 0.5), ((None, 8), 12.0), ((4, None), 12.0)])
 def test_straight_through_with_static_ranges(name: str, bits: tuple[int | None, int | None], adc_bound: float) -> None:
     x, w, cotangent = data()
     values = {
@@ -96,9 +94,6 @@ def test_straight_through_with_static_ranges(name: str, bits: tuple[int | None, 
     if bits[0] is not None:
         clipped = np.abs(x) > np.repeat(RANGES, TILE)
         assert clipped.any() and not found["x"][clipped].any()
-    if bits == (None, None):
-        digital = cotangent.astype(np.float64) @ w.T
-        assert_same(found["x"], digital, COLUMNS, scale)
     assert all(np.isfinite(gradient).all() for gradient in found.values())
 
 

@@ -97,17 +97,17 @@ def test_digital_blocks_never_meet_a_converter() -> None:
     x, w, chosen = routed()
     digital = ~ANALOG[chosen]
     read = (make_read_noise("additive", 10.0), jax.random.key(0))
-    coarse: dict[str, Any] = {"dac_bits": 2, "adc_bits": 2, "adc_bound": 0.01}
+    coarse: dict[str, Any] = {"dac_bits": 2, "adc_bits": 2, "adc_bound": 0.01, "tile_rows": 512}
 
     @jax.jit
     def run(x: jax.Array, w: jax.Array, analog: jax.Array, ranges: jax.Array) -> jax.Array:
         return through_blocks(x, w, chosen, analog=analog, ranges=ranges, read=read, **coarse)
 
     arrays = jnp.asarray(x), jnp.asarray(w)
-    narrow, off = np.where(ANALOG[:, None], RANGES, np.float32(1e-3)), np.zeros(EXPERTS, bool)
-    plain = np.asarray(run(*arrays, off, RANGES))
+    narrow, off = np.where(ANALOG[:, None], RANGES[:, :1], np.float32(1e-3)), np.zeros(EXPERTS, bool)
+    plain = np.asarray(run(*arrays, off, narrow))
     np.testing.assert_allclose(plain, np.einsum("tk,tjkn->tjn", x, w[chosen]), rtol=0, atol=sum_error(ROWS) * ROWS * 20)
-    for ranges in (narrow, RANGES * np.float32(np.nan)):
+    for ranges in (narrow, narrow * np.float32(np.nan)):
         found = np.asarray(run(*arrays, ANALOG, ranges))
         np.testing.assert_array_equal(found[digital], plain[digital])
         assert not np.array_equal(found[~digital], plain[~digital])
@@ -115,7 +115,7 @@ def test_digital_blocks_never_meet_a_converter() -> None:
     @jax.jit
     def gradient(x: jax.Array, w: jax.Array, analog: jax.Array) -> tuple[jax.Array, jax.Array]:
         def loss(x: jax.Array, w: jax.Array) -> jax.Array:
-            y = through_blocks(x, w, chosen, analog=analog, ranges=narrow[:, :1], tile_rows=512, **coarse)
+            y = through_blocks(x, w, chosen, analog=analog, ranges=narrow, **coarse)
             return jnp.sum(jnp.where(digital[..., None], y, 0.0))
 
         return jax.grad(loss, argnums=(0, 1))(x, w)
@@ -135,16 +135,17 @@ def test_all_digital_is_the_plain_product_in_bf16() -> None:
     assert np.all(np.abs(np.asarray(y) - np.einsum("tk,tjkn->tjn", wide_x, picked)) <= bound)
 
 
-@pytest.mark.parametrize(("kind", "blocks"), [("additive", (2, 8)), ("pcm", (4,))])
-def test_read_noise_follows_the_token_copy(kind: str, blocks: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("kind", "tiles", "blocks"), [("additive", 1, (2, 8)), ("pcm", 2, (4,))])
+def test_read_noise_follows_the_token_copy(kind: str, tiles: int, blocks: tuple[int, ...]) -> None:
     """Copy number m gets row m of its tile's draws, at any block size and with any load."""
     x, w, chosen = routed()
     analog = np.array([True, True, True, False])
     noise, key = make_read_noise(kind, 0.1), jax.random.key(5)
+    options: dict[str, Any] = {"ranges": RANGES[:, :tiles], "tile_rows": ROWS // tiles}
 
     def noise_at(block: int) -> np.ndarray:
         def call(x: jax.Array, w: jax.Array, noise: ReadNoise) -> jax.Array:
-            return through_blocks(x, w, chosen, read=(noise, key), analog=analog, adc_bits=None, block=block)
+            return through_blocks(x, w, chosen, read=(noise, key), analog=analog, adc_bits=None, block=block, **options)
 
         compiled, arrays = jax.jit(call), (jnp.asarray(x), jnp.asarray(w))
         return np.asarray(compiled(*arrays, noise)) - np.asarray(compiled(*arrays, make_read_noise(kind, 0.0)))
@@ -152,13 +153,15 @@ def test_read_noise_follows_the_token_copy(kind: str, blocks: tuple[int, ...]) -
     found = [noise_at(block) for block in blocks]
     wanted = np.zeros(found[0].shape)
     with jax.threefry_partitionable(True):
-        z = [np.asarray(jax.random.normal(jax.random.fold_in(key, t), (chosen.size, COLUMNS))) for t in range(2)]
+        z = [np.asarray(jax.random.normal(jax.random.fold_in(key, t), (chosen.size, COLUMNS))) for t in range(tiles)]
     for token, copy in np.ndindex(chosen.shape):
         expert = chosen[token, copy]
         arguments: dict[str, Any] = {"dac_bits": 8, "adc_bits": None, "adc_bound": 12.0, "bound_axis": "tile"}
-        tiles = crossbar_tiles(x[token], w[expert], input_range=RANGES[expert], tile_rows=TILE_ROWS, **arguments)
-        for index, tile in enumerate(tiles):
-            weights = np.abs(w[expert, 10 * index : 10 * index + 10].astype(np.float64))
+        cut = crossbar_tiles(
+            x[token], w[expert], input_range=RANGES[expert, :tiles], tile_rows=ROWS // tiles, **arguments
+        )
+        for index, tile in enumerate(cut):
+            weights = np.abs(np.split(w[expert].astype(np.float64), tiles)[index])
             inputs = tile.dac_codes.astype(np.float64) * tile.dac_step
             square = np.square(inputs) @ weights if kind == "pcm" else weights.max() * np.sum(np.square(inputs))
             if analog[expert]:
