@@ -42,7 +42,8 @@ def test_info_counts_parameters(run: Run, tmp_path: Path) -> None:
     code, out, _ = run("info", "reference", "--json", tmp_path / "info.json")
     record = json.loads((tmp_path / "info.json").read_text())
     config = record["model"]["config"]
-    experts = 3 * config["num_layers"] * config["num_experts"] * config["hidden_size"] * config["expert_intermediate_size"]
+    expert = 3 * config["hidden_size"] * config["expert_intermediate_size"]
+    experts = config["num_layers"] * config["num_experts"] * expert
     assert code == 0 and record["parameters"]["experts"] == experts and f"{experts:,}" in out
     # Dense matrices in full, experts-per-token of every layer's experts, no embedding (it is looked up).
     hidden, layers = config["hidden_size"], config["num_layers"]
@@ -89,7 +90,8 @@ def test_eval_takes_text_drift_and_dynamic_ranges(run: Run, tmp_path: Path) -> N
     text.write_text("It is a truth that the old man and the young woman of the house had a good deal to say. " * 60)
     code, out, err = run(
         "eval", "reference", "--text", text, "--tokens", "128", "--seq", "32", "--seeds", "1", "--device", "hermes",
-        "--time", "86400", "--drift-compensation", "--read-noise", "0.02", "--input-range", "dynamic", "--dac-bits", "0", "--adc-bits", "0",
+        "--time", "86400", "--drift-compensation", "--read-noise", "0.02", "--input-range", "dynamic",
+        "--dac-bits", "0", "--adc-bits", "0",
     )  # fmt: skip
     assert code == 0, err
     assert "128 held-out tokens" in out or "128" in out

@@ -48,7 +48,7 @@ def test_registry_names_every_device():
 
 
 def test_unknown_name_lists_the_valid_ones():
-    with pytest.raises(InputError, match="'pmc'.*pcm, hermes, hermes1, reram_wan"):
+    with pytest.raises(InputError, match=r"'pmc'.*pcm, hermes, hermes1, reram_wan"):
         get_device("pmc")
 
 
@@ -218,7 +218,7 @@ def test_other_fit_times_and_acceptances_are_refused():
     assert wan.fixed_times_s == (1.0, 86400.0, 172800.0)
     for time in wan.fixed_times_s:
         assert dataclasses.replace(wan, fit_time_s=time).fit_time_s == time
-    with pytest.raises(InputError, match="fit_time_s=3600 s.*1, 86400, 172800 s"):
+    with pytest.raises(InputError, match=r"fit_time_s=3600 s.*1, 86400, 172800 s"):
         dataclasses.replace(wan, fit_time_s=3600.0)
-    with pytest.raises(InputError, match="acceptance_percent=0.02.*0.2 and 2"):
+    with pytest.raises(InputError, match=r"acceptance_percent=0\.02.*0\.2 and 2"):
         dataclasses.replace(get_device("reram_cmo"), acceptance_percent=0.02)

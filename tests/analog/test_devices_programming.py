@@ -31,7 +31,7 @@ UNIT = GroupRange(jnp.float32([[-1.0]]), jnp.float32([[1.0]]))
 
 
 def pair_std(name, r):
-    """sigma / g_max in float64."""
+    """Sigma / g_max in float64."""
     coefficients, g_max = PAIR_FITS[name]
     return np.polyval(coefficients, np.asarray(r, np.float64)) / g_max
 

@@ -9,7 +9,13 @@ import pytest
 import hetmoe
 from hetmoe.errors import InputError
 from hetmoe.evaluate.noise_sweep import (
-    Placement, Point, TextSize, digital_point, evaluations, noise_sweep, random_placement,
+    Placement,
+    Point,
+    TextSize,
+    digital_point,
+    evaluations,
+    noise_sweep,
+    random_placement,
 )  # fmt: skip
 from hetmoe.evaluate.run import Batches
 from hetmoe.models.hf import Model

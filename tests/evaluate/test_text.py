@@ -10,7 +10,14 @@ from tokenizers import Tokenizer
 
 from hetmoe.errors import InputError
 from hetmoe.evaluate.text import (
-    Document, Windows, cut, heldout_files, load_windows, read_text, split_windows, tokenize,
+    Document,
+    Windows,
+    cut,
+    heldout_files,
+    load_windows,
+    read_text,
+    split_windows,
+    tokenize,
 )  # fmt: skip
 from hetmoe.models.hf import Model, load_model, model_directory
 

@@ -130,7 +130,7 @@ def test_bf16_is_read_exactly_and_summed_in_float32(name: str, x: Float32, w: Fl
 @pytest.mark.parametrize("mapped", [("w",), ("x", "w", "input_range", "adc_bound")], ids=["weights", "everything"])
 def test_vmap_equals_loop(name: str, mapped: tuple[str, ...], x: Float32, w: Float32) -> None:
     values = {"x": x, "w": w, "input_range": RANGES, "adc_bound": np.float32(3.0)}
-    factors = np.float32([1.0, 1.3, 0.6])
+    factors = [np.float32(f) for f in (1.0, 1.3, 0.6)]
     stacked = {key: np.stack([value * factor for factor in factors]) for key, value in values.items() if key in mapped}
 
     def call(part: dict[str, jax.Array]) -> jax.Array:

@@ -47,7 +47,7 @@ def test_round_trip(tmp_path: Path, dense: bool) -> None:
 def test_a_plan_for_another_model_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     save_plan(path, all_analog(make_model(0).config), make_model(0), made_by={})
-    with pytest.raises(InputError, match="made for model 'm0'.*not for 'm1'"):
+    with pytest.raises(InputError, match=r"made for model 'm0'.*not for 'm1'"):
         load_plan(path, make_model(1))  # same shape, other weights
 
 
