@@ -13,11 +13,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 import hetmoe
-from hetmoe.commands.common import WINDOWS_TO_CALIBRATE
+from hetmoe.commands.common import WINDOWS_TO_CALIBRATE, make_console
 from hetmoe.evaluate.run import evaluate_digital, evaluate_seeds, make_batches
 from hetmoe.evaluate.text import heldout_files, load_windows, split_windows
 from hetmoe.placement.plan import stack_plans
@@ -35,7 +34,7 @@ def main() -> None:
     key = jax.random.split(jax.random.key(0), 1)
     base = hetmoe.calibrate(model.params, jnp.asarray(windows.tokens[:, :-1]), model.config, hetmoe.RangeMethod(k=1.0))
     digital = np.exp(float(evaluate_digital(model.params, batches, model.config).nll) / windows.byte_count.size)
-    console = Console()
+    console = make_console()
     plans = {"experts analog": hetmoe.experts_analog(model.config), "all analog": hetmoe.all_analog(model.config)}
     for name, plan in plans.items():
         stacked = stack_plans([stack_plans([plan])])

@@ -37,7 +37,7 @@ from hetmoe.models.config import ModelConfig
 from hetmoe.models.likelihood import choice_log_probs
 from hetmoe.models.params import Params, init_params
 from hetmoe.models.transformer import head_matrix, hidden_states
-from reference_text import SEPARATOR, Split, build, fetch, from_directory, read_notices, write
+from reference_text import SEPARATOR, Split, build, fetch, from_directory, leaked_passages, read_notices, write
 
 CONFIG = ModelConfig(
     vocab_size=4096,
@@ -211,6 +211,8 @@ def main(
     else:
         fetch(out / "cache")
         splits, notices = build(out / "cache"), read_notices(out / "cache")
+    if leaks := leaked_passages(splits):
+        raise SystemExit(f"held-out text occurs in the training text, first in {leaks[0][0]!r}: {leaks[0][1]!r}")
     write(splits, notices, out / "text")
     train(out, splits, steps, Recipe(seed=seed))
 

@@ -2,11 +2,15 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
 from hetmoe.errors import InputError
+
+# Typer carries its own copy of click and exports only this leaf of its exceptions: take the root of usage errors.
+_ROOT = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+USAGE_ERRORS = cast("type[typer.BadParameter]", _ROOT)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -15,6 +19,7 @@ app = typer.Typer(
     help="Run mixture-of-experts language models with most experts on noisy analog crossbars.",
 )
 
+DEVICE_HELP = "pcm, hermes, hermes1, state_independent, reram_wan, reram_cmo, afm, additive or proportional."
 MODEL = Annotated[str, typer.Argument(help="Model directory, or 'reference' for the embedded model.")]
 DTYPE = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")]
 RULE = Annotated[
@@ -61,10 +66,14 @@ def place(
 def eval(  # noqa: A001
     model: MODEL = "reference",
     rule: RULE = "max_neuron_norm",
-    digital: Annotated[list[float] | None, typer.Option(help="Fraction of digital experts; repeatable.")] = None,
+    digital: Annotated[
+        list[float] | None, typer.Option(help="Fraction of digital experts; repeatable; default 0.125.")
+    ] = None,
     plan: Annotated[Path | None, typer.Option(help="Evaluate a saved plan too.")] = None,
-    device: Annotated[str, typer.Option(help="Memory device; see hetmoe.analog.devices.DEVICES.")] = "pcm",
-    noise_scale: Annotated[list[float] | None, typer.Option(help="Scale c of programming noise; repeatable.")] = None,
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "pcm",
+    noise_scale: Annotated[
+        list[float] | None, typer.Option(help="Scale c of programming noise; repeatable; default 1.")
+    ] = None,
     time: Annotated[float | None, typer.Option(help="Seconds from programming to reading (drift, read noise).")] = None,
     drift_compensation: Annotated[bool, typer.Option(help="Undo the mean drift of every tile.")] = False,
     read_noise: Annotated[float, typer.Option(help="Std of per-product read noise, normalised; 0 = off.")] = 0.0,
@@ -78,7 +87,10 @@ def eval(  # noqa: A001
     jobs: Annotated[int | None, typer.Option(help="Seeds run side by side; default 2 on CPU, 1 elsewhere.")] = None,
     input_range: Annotated[str, typer.Option(help="DAC ranges: ema_std, quantile, max, or dynamic.")] = "ema_std",
     range_k: Annotated[float, typer.Option(help="K of the ema_std range.")] = 12.0,
-    adc_bound: Annotated[float, typer.Option(help="Lambda: ADC bound over input range times weight maximum.")] = 3.0,
+    adc_bound: Annotated[
+        float | None,
+        typer.Option(help="Lambda: ADC bound / (input range x weight maximum); default 3, with dynamic ranges 12."),
+    ] = None,
     bound_axis: Annotated[str, typer.Option(help="Weight maximum of the ADC bound: tile or column.")] = "tile",
     dac_bits: Annotated[int, typer.Option(help="DAC bits; 0 = ideal.")] = 8,
     adc_bits: Annotated[int, typer.Option(help="ADC bits; 0 = ideal.")] = 8,
@@ -97,7 +109,8 @@ def eval(  # noqa: A001
             noise_scales=[1.0] if noise_scale is None else noise_scale, time_s=time,
             drift_compensation=drift_compensation, read_noise=read_noise, read_noise_kind=read_noise_kind,
             seeds=seeds, seed=seed, text=text, tokens=tokens, seq=seq,
-            batch=batch, jobs=jobs, input_range=input_range, range_k=range_k, adc_bound=adc_bound,
+            batch=batch, jobs=jobs, input_range=input_range, range_k=range_k,
+            adc_bound=(12.0 if input_range == "dynamic" else 3.0) if adc_bound is None else adc_bound,
             bound_axis=bound_axis, dac_bits=dac_bits or None, adc_bits=adc_bits or None, tile_rows=tile_rows,
             down_axis=down_axis,
             dtype=dtype, json_file=json_file, plot=plot,
@@ -108,10 +121,17 @@ def eval(  # noqa: A001
 def main() -> None:
     """Entry point of the `hetmoe` command."""
     try:
-        app()
+        code = app(standalone_mode=False)
     except InputError as error:
         print(f"hetmoe: {error}", file=sys.stderr)
         sys.exit(2)
+    except USAGE_ERRORS as error:  # an unknown option, a value that is no number
+        print(f"hetmoe: {' '.join(error.format_message().split())}", file=sys.stderr)
+        sys.exit(2)
+    except (typer.Abort, KeyboardInterrupt):
+        print("hetmoe: interrupted; nothing was written", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 if __name__ == "__main__":

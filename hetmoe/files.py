@@ -8,20 +8,23 @@ from hetmoe.errors import InputError
 
 
 def check_writable(path: Path) -> None:
-    """Raises InputError unless a file can be made at `path`; makes its folder. Call it before long work."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: its folder cannot be made ({error.strerror})") from None
+    """Raises InputError unless a file can be made at `path`. Call it before long work; it makes nothing itself."""
     if path.is_dir():
         raise InputError(f"{path}: is a directory; name a file")
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path}: its folder is not writable")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise InputError(f"{path}: {folder} is not a directory")
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{path}: {folder} is not writable")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes through a temporary file in the same folder, so that a reader never sees half a file."""
     check_writable(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: its folder cannot be made ({error.strerror})") from None
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -41,13 +41,19 @@ def step_size(bound: Float[Array, "..."], bits: int) -> Float[Array, "..."]:
 
 
 def convert(x: Float[Array, "..."], bound: Float[Array, "..."], bits: int) -> Float[Array, "..."]:
-    """Clips to [-bound, bound] and rounds to the nearest of the converter's levels; `bound` broadcasts against `x`.
-
-    Serves the DAC (bound = input range) and the ADC (bound = input range * lambda * weight maximum) alike: clipping
-    before or after rounding is the same, since the bound is itself a level.
-    """
+    """DAC: clips to [-bound, bound], then rounds to the nearest level; `bound` (the range) broadcasts against `x`."""
     step = step_size(bound, bits)
     return round_half_even(divide(jnp.clip(x, -bound, bound), step)) * step
+
+
+def convert_output(y: Float[Array, "..."], bound: Float[Array, "..."], bits: int) -> Float[Array, "..."]:
+    """ADC: rounds to the nearest level, then clips to [-bound, bound].
+
+    The order matters in the last bit: `steps / 2` times the step may differ from the bound by a rounding error, and a
+    saturated output is the bound itself.
+    """
+    step = step_size(bound, bits)
+    return jnp.clip(round_half_even(divide(y, step)) * step, -bound, bound)
 
 
 def divide(x: Array, step: Array) -> Array:

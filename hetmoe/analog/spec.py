@@ -37,7 +37,7 @@ def analog_spec(
     drift_compensation: bool = False,
     dac_bits: int | None = 8,
     adc_bits: int | None = 8,
-    adc_bound: float = 3.0,
+    adc_bound: float = 12.0,
     bound_axis: str = "tile",
     tile_rows: int = 512,
     read_noise: ReadNoise | None = None,
@@ -51,8 +51,9 @@ def analog_spec(
         drift_compensation: scale every tile digitally so that its mean |weight| is again that at programming.
         dac_bits: DAC resolution; None = ideal.
         adc_bits: ADC resolution; None = ideal.
-        adc_bound: lambda > 0, the ADC's bound over input range times weight maximum. The default goes with input ranges
-            of 12 standard deviations (`RangeMethod`); `experiments/converter_ranges.py` shows why.
+        adc_bound: lambda > 0, the ADC's bound over input range times weight maximum. The default suits dynamic input
+            ranges; with calibrated ranges of 12 standard deviations (`RangeMethod`) 3 is better
+            (`experiments/converter_ranges.py`).
         bound_axis: group of that weight maximum, `"tile"` or `"column"`.
         tile_rows: rows of a tile.
         read_noise: see `hetmoe.analog.read_noise`.
@@ -71,7 +72,14 @@ def analog_spec(
         raise InputError("drift_compensation needs time_s: there is no drift to compensate right after programming")
     if time_s is not None and chosen.fixed_times_s is not None and time_s in chosen.fixed_times_s:
         # The source has one fit per time and nothing in between: the time is part of the device's structure.
+        if drift_compensation:
+            raise InputError(f"device {chosen.name!r} has fits at fixed times, not a drift that could be compensated")
         chosen, time_s = dataclasses.replace(chosen, fit_time_s=time_s), None
+    elif time_s is not None and chosen.fixed_times_s is not None:
+        times = ", ".join(f"{t:g}" for t in chosen.fixed_times_s)
+        raise InputError(
+            f"device {chosen.name!r} has fits at {times} s after programming only, not at time_s={time_s:g}"
+        )
     chosen.check_time(time_s)
     options = CrossbarOptions(dac_bits=dac_bits, adc_bits=adc_bits, bound_axis=bound_axis, tile_rows=tile_rows)  # pyright: ignore[reportArgumentType]
     return AnalogSpec(

@@ -34,7 +34,7 @@ from hetmoe.evaluate.run import make_batches
 from hetmoe.evaluate.text import Windows, load_windows, split_windows
 from hetmoe.files import check_writable, write_bytes
 from hetmoe.models.hf import Model, fingerprint, load_model, parse_dtype
-from hetmoe.placement.plan import all_analog, digital_count, experts_analog, place
+from hetmoe.placement.plan import Plan, all_analog, digital_count, experts_analog, place
 from hetmoe.placement.plan_file import load_plan
 from hetmoe.placement.scores import RULES, score_experts
 
@@ -118,6 +118,9 @@ def run(request: EvalRequest) -> None:
     started = time.perf_counter()
     console = make_console()
     model = load_model(request.model, request.dtype)
+    if request.seq > model.config.max_position_embeddings:
+        raise InputError(f"--seq {request.seq} exceeds the model's context of {model.config.max_position_embeddings}")
+    saved = None if request.plan is None else load_plan(request.plan, model)
     files = choose_text(request.text)
     sources = load_windows(model, files, request.seq)
     to_calibrate = 0 if request.input_range == "dynamic" else WINDOWS_TO_CALIBRATE
@@ -142,7 +145,7 @@ def run(request: EvalRequest) -> None:
             tile_rows=request.tile_rows,
         )
     keys = jax.random.split(jax.random.key(request.seed), request.seeds)
-    placements = make_placements(request, model, aside if to_calibrate else windows, keys)
+    placements = make_placements(request, model, saved, aside if to_calibrate else windows, keys)
     digital = digital_point(model, batches, size)
     points = _sweep(request, model, calibration, placements, keys, batches, size, console)
     seconds = time.perf_counter() - started
@@ -164,15 +167,17 @@ def run(request: EvalRequest) -> None:
         console.print(f"results: {request.json_file}")
 
 
-def make_placements(request: EvalRequest, model: Model, sample: Windows, keys: jax.Array) -> list[Placement]:
+def make_placements(
+    request: EvalRequest, model: Model, saved: Plan | None, sample: Windows, keys: jax.Array
+) -> list[Placement]:
     """All analog, experts analog, the rule at every fraction, random at every fraction, and a saved plan."""
     config = model.config
     lines = [
         Placement(name="all analog", plans=[all_analog(config)]),
         Placement(name="experts analog", plans=[experts_analog(config)]),
     ]
-    if request.plan is not None:
-        lines.append(Placement(name=f"plan {request.plan.stem}", plans=[load_plan(request.plan, model)]))
+    if request.plan is not None and saved is not None:
+        lines.append(Placement(name=f"plan {request.plan.stem}", plans=[saved]))
     if request.rule != "random":
         text = jnp.asarray(sample.tokens[:, :-1]) if request.rule.startswith("activation") else None
         scores = score_experts(
@@ -198,10 +203,19 @@ def _sweep(
     )  # fmt: skip
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("noise seeds x placements", total=total)
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            bar.advance(task, count)
+            if not console.is_terminal and (done + count) * 10 // total > done * 10 // total:  # a log has no bar
+                console.print(f"{(done + count) / total:.0%} of {total} evaluations")
+            done += count
+
         return noise_sweep(
             model, spec, calibration, placements, request.noise_scales, keys, batches, size,
             jobs=request.jobs or (2 if jax.default_backend() == "cpu" else 1),
-            progress=lambda done: bar.advance(task, done),
+            progress=advance,
         )  # fmt: skip
 
 

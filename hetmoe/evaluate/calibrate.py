@@ -10,7 +10,7 @@ from jaxtyping import Array, Int
 from hetmoe.analog.calibration import Calibration, LayerRanges, Moments, RangeMethod, merge_ranges, observe_inputs
 from hetmoe.analog.tiles import row_blocks
 from hetmoe.errors import InputError
-from hetmoe.models.config import ModelConfig
+from hetmoe.models.config import ModelConfig, check_tokens
 from hetmoe.models.params import Params
 from hetmoe.models.transformer import hidden_states
 
@@ -44,6 +44,7 @@ def calibrate(
     """
     if tokens.ndim != 2 or tokens.shape[0] < 1 or batch < 1:
         raise InputError(f"calibration needs tokens [sequences, seq] and batch >= 1, got {list(tokens.shape)}, {batch}")
+    check_tokens(tokens, config)
     batches: list[dict[str, Moments]] = []
     heads: list[Moments] = []
     for start in range(0, tokens.shape[0], batch):

@@ -18,6 +18,8 @@ from hetmoe.models.hf import Model
 from hetmoe.placement.plan import Plan, check_plan, place, stack_plans
 from hetmoe.placement.scores import score_experts
 
+_LARGEST_LOG = 700.0  # nats per token beyond which a perplexity would overflow: it is reported as exp(700)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Placement:
@@ -25,11 +27,6 @@ class Placement:
 
     name: str
     plans: Sequence[Plan]  # one, or as many as there are seeds
-
-    @property
-    def dense(self) -> bool:
-        """Whether attention and LM head may be analog; such placements compile to a program of their own."""
-        return self.plans[0].attention is not None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +72,7 @@ def _point(name: str, scale: float, totals: Totals, size: TextSize, *, determini
         placement=name,
         noise_scale=scale,
         deterministic=deterministic,
-        perplexity=np.exp(nll / size.tokens).tolist(),
+        perplexity=np.exp(np.minimum(nll / size.tokens, _LARGEST_LOG)).tolist(),
         bits_per_byte=(nll / math.log(2) / size.bytes).tolist(),
         accuracy=(correct / size.questions).tolist(),
     )
@@ -102,7 +99,7 @@ def noise_sweep(
 ) -> list[Point]:
     """Evaluates every placement at every noise scale over all seeds (`keys`).
 
-    At scale 0 of a device without drift or read noise nothing is random but the placement, so one seed is run.
+    At scale 0 of a device without drift or read noise only a random placement is random: others have one value there.
 
     Args:
         model: the model, in the dtype to run it in.
@@ -125,43 +122,66 @@ def noise_sweep(
             raise InputError(f"placement {placement.name!r} has {len(placement.plans)} plans for {len(keys)} seeds")
         for plan in placement.plans:
             check_plan(plan, model.config)
+    at_once = seeds_at_once(len(keys))
     points: dict[tuple[str, float], Point] = {}
     with ThreadPoolExecutor(jobs) as executor:
         for group in _groups(placements):
+            per_seed = [stack_plans([p.plans[s % len(p.plans)] for p in group]) for s in range(len(keys))]
+            first = stack_plans(per_seed[:at_once])
+            compiled = evaluate_seeds.lower(
+                model.params, keys[:at_once], first, spec, calibration, batches, model.config
+            ).compile()  # once for all scales, seeds and plans, before threads start
             for scale in noise_scales:
                 scaled = dataclasses.replace(spec, noise_scale=jnp.asarray(scale, jnp.float32))
 
-                def one_seed(
-                    seed: int, group: Sequence[Placement] = group, scaled: AnalogSpec = scaled
-                ) -> tuple[np.ndarray, np.ndarray]:
-                    plans = stack_plans([stack_plans([p.plans[seed % len(p.plans)] for p in group])])
-                    chosen = keys[seed : seed + 1]
-                    totals = evaluate_seeds(model.params, chosen, plans, scaled, calibration, batches, model.config)
-                    sums = np.asarray(totals.nll[0]), np.asarray(totals.correct[0])
-                    progress(len(group))
-                    return sums
+                def run(start: int, compiled: Any = compiled, per_seed: Any = per_seed, scaled: Any = scaled) -> Totals:
+                    chosen = slice(start, start + at_once)
+                    plans = stack_plans(per_seed[chosen])
+                    totals = compiled(model.params, keys[chosen], plans, scaled, calibration, batches)
+                    totals = jax.tree.map(np.asarray, totals)
+                    progress(totals.nll.size)
+                    return totals
 
                 quiet = is_quiet(scale, spec)
-                first = one_seed(0)  # alone, so that the program is compiled once
-                rest = executor.map(one_seed, range(1, 1 if quiet else len(keys)))
-                nll, correct = (np.stack(sums, axis=1) for sums in zip(first, *rest, strict=True))
-                for placement, nll_row, correct_row in zip(group, nll, correct, strict=True):
-                    totals = Totals(nll=nll_row, correct=correct_row)
-                    points[placement.name, scale] = _point(placement.name, scale, totals, size, deterministic=quiet)
+                needed = _seeds_needed(group, quiet=quiet, seeds=len(keys))
+                parts = list(executor.map(run, range(0, needed, at_once)))
+                nll, correct = (np.concatenate(sums) for sums in zip(*parts, strict=True))
+                for column, placement in enumerate(group):
+                    alone = quiet and len(placement.plans) == 1
+                    rows = slice(0, 1) if alone else slice(None)
+                    totals = Totals(nll=nll[rows, column], correct=correct[rows, column])
+                    points[placement.name, scale] = _point(placement.name, scale, totals, size, deterministic=alone)
     return [points[placement.name, scale] for placement in placements for scale in noise_scales]
 
 
 def _groups(placements: Sequence[Placement]) -> list[list[Placement]]:
-    """Placements that share a compiled program: those with dense modules digital by structure, and the others."""
-    groups = ([p for p in placements if p.dense == dense] for dense in (False, True))
-    return [group for group in groups if group]
+    """Placements that share a compiled program: those whose plans have the same structure."""
+    groups: dict[Any, list[Placement]] = {}
+    for placement in placements:
+        groups.setdefault(jax.tree.structure(placement.plans[0]), []).append(placement)
+    return list(groups.values())
+
+
+def _seeds_needed(group: Sequence[Placement], *, quiet: bool, seeds: int) -> int:
+    """One seed is enough where nothing is random, neither the noise nor the placement."""
+    return 1 if quiet and all(len(p.plans) == 1 for p in group) else seeds
+
+
+def seeds_at_once(seeds: int) -> int:
+    """Seeds per compiled call: few, so that progress is seen and threads share the work evenly."""
+    return 2 if seeds % 2 == 0 else 1
 
 
 def is_quiet(scale: float, spec: AnalogSpec) -> bool:
-    """Whether nothing is random at this scale: no programming noise, drift or read noise."""
+    """Whether the noise is not random at this scale: no programming noise, drift or read noise."""
     return scale == 0 and spec.time_s is None and spec.read_noise is None
 
 
 def evaluations(placements: Sequence[Placement], noise_scales: Sequence[float], spec: AnalogSpec, seeds: int) -> int:
     """How many evaluations `noise_sweep` will report to `progress`."""
-    return len(placements) * sum(1 if is_quiet(scale, spec) else seeds for scale in noise_scales)
+    total = 0
+    for group in _groups(placements):
+        for scale in noise_scales:
+            needed = _seeds_needed(group, quiet=is_quiet(scale, spec), seeds=seeds)
+            total += len(group) * max(needed, seeds_at_once(seeds))
+    return total

@@ -68,6 +68,8 @@ def tokenize(text: str, tokenizer: Tokenizer, eos: int | None, vocab_size: int) 
 
 
 def _is_whole_word(text: str, start: int, end: int) -> bool:
+    if start > 0 and text[start] != " ":
+        start -= 1  # some tokenizers report a token without its leading space
     piece = text[start:end]
     return (
         len(piece) > 1

@@ -47,10 +47,10 @@ def attend(
     q = rearrange(q * config.head_dim**-0.5, "b s (n g) d -> (b n) (g s) d", g=groups)
     k = rearrange(k, "b s n d -> (b n) d s")
     v = rearrange(v, "b s (n d) -> (b n) s d", n=config.num_kv_heads)
-    scores = jnp.matmul(q, k, preferred_element_type=jnp.float32)
+    scores = jnp.matmul(q, k, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
     causal = jnp.tile(jnp.tril(jnp.ones((seq, seq), bool)), (groups, 1))[None]
     scores = jnp.where(causal, scores, -jnp.inf)
     exp = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-    out = jnp.matmul(exp.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = jnp.matmul(exp.astype(v.dtype), v, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
     out = (out / jnp.sum(exp, axis=-1, keepdims=True)).astype(v.dtype)
     return rearrange(out, "(b n) (g s) d -> b s (n g d)", b=batch, g=groups)

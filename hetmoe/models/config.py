@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+
 from hetmoe.errors import InputError
 
 
@@ -173,3 +175,12 @@ class ModelConfig:
             "attention_bias": False,
             "rope_scaling": None,
         }
+
+
+def check_tokens(tokens: Any, config: ModelConfig) -> None:
+    """Raises InputError for token ids outside the vocabulary, which XLA would silently clamp. Not for traced values."""
+    values = np.asarray(tokens)
+    if values.size and not (values.min() >= 0 and values.max() < config.vocab_size):
+        raise InputError(
+            f"tokens reach from {values.min()} to {values.max()}, outside the vocabulary of {config.vocab_size}"
+        )

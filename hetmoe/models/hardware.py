@@ -49,7 +49,7 @@ def _read(
 def dense_matmul(x: Array, w: Array, name: str, hardware: LayerHardware | None) -> Array:
     """`x[tokens, K] @ w[K, N]` of an attention projection, digital or on its crossbar; in the dtype of `x`."""
     if hardware is None or hardware.attention is None:
-        return jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(x.dtype)
+        return jnp.matmul(x, w, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32).astype(x.dtype)
     programmed = getattr(hardware.programmed, name)
     rows = jnp.arange(x.shape[0], dtype=jnp.uint32)
     read = hardware.read(name, rows)

@@ -119,6 +119,9 @@ def load_params(path: Path, config: ModelConfig, dtype: Any = None) -> Params:
             arrays = [_read_leaf(path, file, leaf, np.dtype(dtype)) for leaf in leaves]
     except SafetensorError as error:
         raise InputError(f"{path}: not a readable safetensors file ({error})") from None
+    for leaf, array in zip(leaves, arrays, strict=True):
+        if not np.isfinite(array).all():
+            raise InputError(f"{path}: {leaf.key} holds NaN or infinity")
     return jax.tree.unflatten(treedef, [jnp.asarray(a) for a in arrays])
 
 

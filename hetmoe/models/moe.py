@@ -33,7 +33,7 @@ def route(
 
     The weights of a token sum to 1 only when `norm_topk_prob` is set (OLMoE-1B-7B leaves them as they are).
     """
-    logits = jnp.matmul(x, router, preferred_element_type=jnp.float32)
+    logits = jnp.matmul(x, router, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
     weights, chosen = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), experts_per_token)
     if norm_topk_prob:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)

@@ -120,7 +120,7 @@ def head_logits(
     """Float32 logits; `first_row` numbers the first token, which the LM head's read noise follows."""
     w = head_matrix(params)
     if plan is None or plan.lm_head is None or spec is None or programmed is None or programmed.lm_head is None:
-        return jnp.matmul(hidden, w, preferred_element_type=jnp.float32)
+        return jnp.matmul(hidden, w, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
     read = None
     if spec.read_noise is not None and read_key is not None:
         rows = jnp.arange(hidden.shape[0], dtype=jnp.uint32) + jnp.asarray(first_row, jnp.uint32)

@@ -45,11 +45,13 @@ def dispatch(experts: Int[Array, "tokens copies"], num_experts: int, block_size:
         block_size: slots per block.
 
     Returns:
-        A `Dispatch` with `copies * tokens // block_size + num_experts` blocks, the most that any load needs.
+        A `Dispatch` with the most blocks that any load needs: with n copies, m = min(n, num_experts) experts get one
+        at least, and every other `block_size` copies may open another block.
     """
     tokens, copies = experts.shape
     flat = experts.reshape(-1)
-    blocks = flat.size // block_size + num_experts
+    busy = min(num_experts, flat.size)
+    blocks = busy + (flat.size - busy) // block_size
     one_hot = flat[:, None] == jnp.arange(num_experts, dtype=flat.dtype)[None, :]
     running = jnp.cumsum(one_hot.astype(jnp.int32), axis=0)
     rank = jnp.take_along_axis(running, flat[:, None], axis=1)[:, 0] - 1  # position inside the expert's group

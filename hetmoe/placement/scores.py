@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from hetmoe.errors import InputError
+from hetmoe.models.config import check_tokens
 from hetmoe.models.hf import Model
 from hetmoe.models.moe import Routing
 from hetmoe.models.params import Layer, Params
@@ -91,6 +92,7 @@ def score_experts(
         return jax.random.uniform(key, (model.config.num_layers, model.config.num_experts))
     if tokens is None or tokens.ndim != 2 or tokens.shape[0] < 1:
         raise InputError(f"rule {rule!r} needs tokens [sequences, seq] of sample text")
+    check_tokens(tokens, model.config)
     return _mean_over_batches(model, tokens, _FROM_ROUTING[rule])
 
 

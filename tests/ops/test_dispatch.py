@@ -59,7 +59,8 @@ def check_plan(chosen: np.ndarray, experts: int, block: int) -> Dispatch:
     plan = compiled(jnp.asarray(chosen), experts, block)
     slot_token, token_slot, block_expert = map(np.asarray, (plan.slot_token, plan.token_slot, plan.block_expert))
     tokens, copies = chosen.shape
-    blocks = tokens * copies // block + experts
+    busy = min(experts, tokens * copies)  # the most experts that can hold a copy; each of them opens one block
+    blocks = busy + (tokens * copies - busy) // block
     assert slot_token.shape == (blocks * block,) and block_expert.shape == (blocks,) and plan.block_size == block
     assert slot_token.dtype == token_slot.dtype == block_expert.dtype == np.int32
     # No copy is dropped, and no two share a slot.

@@ -61,8 +61,12 @@ def crossbar_matmul(
         raise NotImplementedError(
             f"implementation={implementation!r} does not exist here; choose one of {', '.join(IMPLEMENTATIONS)}"
         )
+    x, w = jnp.asarray(x), jnp.asarray(w)
+    input_range = None if input_range is None else jnp.asarray(input_range)
     if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[0]:
         raise InputError(f"x{list(x.shape)} @ w{list(w.shape)}: the last axis of x must equal the first of w[K, N]")
+    if w.shape[1] < 1:
+        raise InputError(f"w{list(w.shape)} has no columns")
     for name, array in (("x", x), ("w", w)):
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise InputError(f"{name} has dtype {array.dtype}: give floating-point values")

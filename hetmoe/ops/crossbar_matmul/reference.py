@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from hetmoe.analog.converters import convert
+from hetmoe.analog.converters import convert, convert_output
 from hetmoe.analog.tiles import row_blocks
 from hetmoe.ops.crossbar_matmul.base import CrossbarOptions
 
@@ -25,6 +25,6 @@ def crossbar_matmul(
         tile = w[start : start + size].astype(jnp.float32)
         outputs = jnp.matmul(inputs, tile, precision=jax.lax.Precision.HIGHEST)
         if options.adc_bits is not None:
-            outputs = convert(outputs, bound * adc_bound * weight_max[block : block + 1], options.adc_bits)
+            outputs = convert_output(outputs, bound * adc_bound * weight_max[block : block + 1], options.adc_bits)
         total = total + outputs
     return total

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from hetmoe.analog.converters import convert
+from hetmoe.analog.converters import convert, convert_output
 from hetmoe.analog.read_noise import ReadNoise, read_draws, read_noise_std
 from hetmoe.analog.tiles import row_blocks
 from hetmoe.ops.crossbar_matmul.base import CrossbarOptions
@@ -70,7 +70,7 @@ def tiled_product(
             draws = read_draws(key, block, row_ids.reshape(-1), outputs.shape[-1]).reshape(outputs.shape)
             result = result + std * draws
         if options.adc_bits is not None:
-            result = convert(result, bound * adc_bound * weight_max(block), options.adc_bits)
+            result = convert_output(result, bound * adc_bound * weight_max(block), options.adc_bits)
         result = where_analog(result, outputs)
         total = result if total is None else total + result
     assert total is not None
