@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hetmoe.analog.converters import convert, divide, round_half_even, step_size, steps
+from hetmoe.analog.converters import convert, convert_output, divide, round_half_even, step_size, steps
 from hetmoe.errors import InputError
 
 both_ways = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
@@ -94,6 +94,24 @@ def test_equals_ieee_on_random_inputs(compiled: bool, bits: int) -> None:
 
 
 @both_ways
+@pytest.mark.parametrize("bits", [2, 8, 16])
+def test_outputs_are_rounded_and_then_clipped(compiled: bool, bits: int) -> None:
+    """A saturated output is the bound itself, where the top code times the step may be one rounding away from it."""
+    bound = some_bounds(500)
+    y = bound * np.random.default_rng(3).uniform(-1.3, 1.3, (500, 40)).astype(np.float32)
+    step = np.float32(2) * bound / np.float32(2**bits - 2)
+    level = np.rint(y / step) * step
+    top = np.float32(2 ** (bits - 1) - 1) * step
+    assert bits == 2 or np.mean(top != bound) > 0.005  # the order of clipping and rounding would be seen
+    found = call(convert_output, compiled, y, bound, bits=bits)
+    np.testing.assert_array_equal(found, np.clip(level, -bound, bound))
+    assert np.isnan(call(convert_output, compiled, np.float32([np.nan]), bound[0], bits=bits)).all()
+    np.testing.assert_array_equal(
+        call(convert_output, compiled, np.float32([1, -1, 0]), np.float32(0), bits=8), [0] * 3
+    )
+
+
+@both_ways
 def test_special_values(compiled: bool) -> None:
     x = np.float32([np.nan, np.inf, -np.inf, 0.0, 1e-30])
     found = call(convert, compiled, x, np.float32(2), bits=8)
@@ -115,12 +133,23 @@ def test_tiny_bounds_stay_finite(compiled: bool, exponent: int) -> None:
     assert np.all(np.abs(found) <= 2 * bound)
 
 
-def test_gradient_is_straight_through() -> None:
-    def total(x: jax.Array) -> jax.Array:
-        return jnp.sum(convert(x, jnp.float32(1.0), 4) * jnp.float32([1, 2, 3, 4, 5]))
+@pytest.mark.parametrize("converter", [convert, convert_output])
+def test_gradient_is_straight_through(converter: Callable[..., jax.Array]) -> None:
+    """One inside the range, also within the outermost code, and zero beyond it."""
+    bound = some_bounds(200)
+    shares = np.float32([0.0, 0.3, -0.9, 0.997, -0.999, 1.001, -1.002, 1.02, -3.0])
+    inside = np.abs(shares) < 1
+    weights = np.arange(1, 10, dtype=np.float32)
 
-    gradient = jax.grad(total)(jnp.float32([0.3, -0.99, 1.5, -2.0, 0.0]))
-    np.testing.assert_allclose(gradient, [1, 2, 0, 0, 5], rtol=2.0**-22)  # times step, by step
+    def total(x: jax.Array) -> jax.Array:
+        return jnp.sum(converter(x, jnp.asarray(bound), 8) * weights[None])
+
+    gradient = jax.jit(jax.grad(total))(jnp.asarray(bound * shares))
+    wanted = np.broadcast_to(weights * inside, gradient.shape)
+    np.testing.assert_allclose(gradient, wanted, rtol=2.0**-22)  # times step, by step
+
+
+def test_rounding_passes_tangents_on() -> None:
     value, tangent = jax.jvp(round_half_even, (jnp.float32([0.4, 2.5]),), (jnp.float32([3.0, -1.0]),))
     np.testing.assert_array_equal(value, [0, 2])
     np.testing.assert_array_equal(tangent, [3, -1])
