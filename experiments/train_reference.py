@@ -4,7 +4,8 @@
     python experiments/train_reference.py --out build/reference --text DIR     # any folder of UTF-8 .txt files
     python experiments/train_reference.py --out build/reference --steps 300    # a short look
 
-Cost: about 0.8 s a step of 4096 tokens on two CPU cores (75 minutes for the default number of steps); 1 GB of memory.
+Cost: 0.7 to 0.8 s a step of 4096 tokens on two idle CPU cores (about an hour for the default number of steps); 2.5 GB
+of memory.
 Result: `build/reference/checkpoints/` (Orbax), `loss.jsonl`, `tokenizer.json`. `experiments/export_reference.py`
 turns them into the model directory that ships with the package, with its model card.
 

@@ -28,7 +28,8 @@ def choose_block_size(copies: int, experts: int) -> int:
     """Power of two near a quarter of the mean load, between 8 and 128.
 
     Padding wastes about half a block per expert; a matmul of fewer than 64 rows wastes the core.
-    Measured on two CPU cores at 128 x 128 matrices (`experiments/bench_cpu.py`): 64 and 128 are within 10 %.
+    Measured on two CPU cores at 128 x 128 matrices (`experiments/bench_cpu.py`): 16 to 64 are within 5 %, 256 takes 1.4
+    times as long.
     """
     size = 8
     while size < 128 and size * 4 * experts < copies:
