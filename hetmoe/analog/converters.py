@@ -53,7 +53,21 @@ def convert_output(y: Float[Array, "..."], bound: Float[Array, "..."], bits: int
     saturated output is the bound itself.
     """
     step = step_size(bound, bits)
-    return jnp.clip(round_half_even(divide(y, step)) * step, -bound, bound)
+    return _saturate(round_half_even(divide(y, step)) * step, y, jnp.broadcast_to(bound, y.shape))
+
+
+@jax.custom_jvp
+def _saturate(level: Array, y: Array, bound: Array) -> Array:
+    """Clips a level to its bound; straight-through where `y` is inside, also if its level is the bound itself."""
+    del y
+    return jnp.clip(level, -bound, bound)
+
+
+@_saturate.defjvp
+def _saturate_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+    level, y, bound = primals
+    inside = jnp.abs(y) < bound
+    return _saturate(level, y, bound), jnp.where(inside, tangents[0], jnp.sign(y) * tangents[2])
 
 
 def divide(x: Array, step: Array) -> Array:
