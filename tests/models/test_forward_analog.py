@@ -209,6 +209,7 @@ def test_programmed_noise_is_one_draw_per_weight() -> None:
         np.testing.assert_allclose(second, 2 * first, rtol=0, atol=4 * 2.0**-23)
         draws += [part.ravel()[:400] for part in first.reshape(-1, *clean.shape[-2:])]
     size = min(len(part) for part in draws)
+    assert all(abs(part.mean()) < 6 * part.std() * len(part) ** -0.5 for part in draws)
     correlation = np.corrcoef([part[:size] for part in draws])
     # Of 36 * 35 / 2 independent correlations of 400 draws, each normal with std 0.05, none exceeds 6 std.
     assert np.abs(correlation - np.eye(len(draws))).max() < 6 * size**-0.5

@@ -101,6 +101,16 @@ def test_mixed_dtypes_need_a_choice(folder: pathlib.Path) -> None:
     np.testing.assert_array_equal(loaded.layers.down[1, 2], expected[1, 2].astype(np.float16).astype(np.float32))
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_weights_must_be_finite(folder: pathlib.Path, bad: float) -> None:
+    path = folder / "model.safetensors"
+    header, data = split(path)
+    start = header[DOWN]["data_offsets"][0]
+    join(path, header, data[: start + 8] + np.float32(bad).tobytes() + data[start + 12 :])
+    for dtype in (None, "bfloat16"):
+        refused(folder, str(path), "down_proj", "NaN or infinity", dtype=dtype)
+
+
 @pytest.mark.parametrize("changes", [{"num_layers": 3}, {"num_experts": 4}, {"tie_embeddings": True}])
 def test_config_of_another_model_is_noticed_by_keys(folder: pathlib.Path, changes: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=r"tensors (are missing|do not belong)"):
