@@ -28,8 +28,8 @@ from rich.table import Table
 import hetmoe
 from hetmoe.analog.programming import program_matrix
 from hetmoe.analog.tiles import block_max
+from hetmoe.checkpoint.load import model_directory
 from hetmoe.evaluate.provenance import provenance
-from hetmoe.models.hf import model_directory
 from hetmoe.ops.dispatch import dispatch, to_blocks
 from hetmoe.ops.grouped_matmul.xla import grouped_matmul
 

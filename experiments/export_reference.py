@@ -24,10 +24,13 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from heldout_bits import measure
+from hetmoe.checkpoint.load import load_model
+from hetmoe.checkpoint.save import save_model
 from hetmoe.evaluate.text import load_windows
+from hetmoe.models.abstract import init_params
 from hetmoe.models.generate import greedy
-from hetmoe.models.hf import Model, load_model, save_model
-from hetmoe.models.params import Params, init_params
+from hetmoe.models.model import Model
+from hetmoe.models.params import Params
 from hetmoe.models.transformer import hidden_states
 from reference_card import card
 from train_reference import CONFIG, SEPARATOR, Recipe, make_optimizer
@@ -106,7 +109,7 @@ def main(
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     end = tokenizer.token_to_id(SEPARATOR)
     save_model(out, Model(params=half, config=CONFIG, tokenizer=tokenizer, eos_token_id=end, name="reference"))
-    routers = init_params(jax.random.key(seed), CONFIG).layers.router
+    routers = init_params(jax.random.key(seed), CONFIG).layers.moe.router
     tensors = {
         f"model.layers.{i}.mlp.gate.weight": np.ascontiguousarray(np.asarray(r.astype(jnp.bfloat16)).T)
         for i, r in enumerate(routers)

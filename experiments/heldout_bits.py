@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import typer
 
+from hetmoe.checkpoint.load import load_model
 from hetmoe.evaluate.text import SEPARATOR, Document, heldout_files, read_text, tokenize
 from hetmoe.models.config import ModelConfig
-from hetmoe.models.hf import Model, load_model
 from hetmoe.models.likelihood import choice_log_probs
+from hetmoe.models.model import Model
 from hetmoe.models.params import Params
 from hetmoe.models.transformer import head_matrix, hidden_states
 
@@ -54,7 +55,7 @@ def measure(model: Model, files: list[Path]) -> dict[str, dict[str, Any]]:
     results, sums, context = {}, np.zeros(5), model.config.max_position_embeddings
     for file in files:
         documents: list[Document] = [
-            tokenize(part, model.tokenizer, model.eos_token_id, model.config.vocab_size)
+            tokenize(part, model.tokenizer, model.start_token_id, model.config.vocab_size)
             for part in read_text(file).split(SEPARATOR)
         ]
         ids, sizes = (np.concatenate([getattr(d, name) for d in documents]) for name in ("ids", "byte_count"))

@@ -34,13 +34,16 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from hetmoe.models.config import ModelConfig
+from hetmoe.models.abstract import init_params
+from hetmoe.models.config import ModelConfig, Rope
 from hetmoe.models.likelihood import choice_log_probs
-from hetmoe.models.params import Params, init_params
+from hetmoe.models.params import Params
 from hetmoe.models.transformer import head_matrix, hidden_states
 from reference_text import SEPARATOR, Split, build, fetch, from_directory, leaked_passages, read_notices, write
 
 CONFIG = ModelConfig(
+    family="olmoe",
+    qk_norm="width",
     vocab_size=4096,
     hidden_size=128,
     expert_intermediate_size=128,
@@ -53,7 +56,7 @@ CONFIG = ModelConfig(
     norm_topk_prob=False,
     clip_qkv=None,
     rms_norm_eps=1e-5,
-    rope_theta=10000.0,
+    rope=Rope(theta=10000.0),
     max_position_embeddings=256,
     tie_embeddings=False,
 )

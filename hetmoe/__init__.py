@@ -5,10 +5,12 @@ from hetmoe.analog.devices import DEVICES, get_device
 from hetmoe.analog.programming import ProgrammedWeights, program
 from hetmoe.analog.read_noise import ReadNoise, make_read_noise
 from hetmoe.analog.spec import AnalogSpec, analog_spec
+from hetmoe.checkpoint.load import load_model
+from hetmoe.checkpoint.save import save_model
 from hetmoe.errors import InputError
 from hetmoe.evaluate.calibrate import calibrate
 from hetmoe.models.config import ModelConfig
-from hetmoe.models.hf import Model, load_model, save_model
+from hetmoe.models.model import Model
 from hetmoe.models.params import Params
 from hetmoe.models.transformer import forward
 from hetmoe.ops.crossbar_matmul.api import crossbar_matmul

@@ -1,12 +1,13 @@
 """Command line: parses, calls, prints. Bad input is one line on stderr and exit code 2."""
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, cast
 
 import typer
 
-from hetmoe.errors import InputError
+from hetmoe.errors import CheckpointWarning, InputError
 
 # Typer carries its own copy of click and exports only this leaf of its exceptions: take the root of usage errors.
 _ROOT = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -20,7 +21,10 @@ app = typer.Typer(
 )
 
 DEVICE_HELP = "pcm, hermes, hermes1, state_independent, reram_wan, reram_cmo, afm, additive or proportional."
-MODEL = Annotated[str, typer.Argument(help="Model directory, or 'reference' for the embedded model.")]
+MODEL = Annotated[
+    str,
+    typer.Argument(help="Model directory, name on the hub (owner/name[@revision]), or 'reference', the embedded one."),
+]
 DTYPE = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")]
 RULE = Annotated[
     str,
@@ -57,6 +61,19 @@ def place(
     from hetmoe.commands.place import run
 
     run(model, rule, digital, output, text, tokens, seq, seed, down_axis, dtype)
+
+
+@app.command(epilog="Example: hetmoe convert allenai/OLMoE-1B-7B-0924 olmoe-orbax")
+def convert(
+    model: Annotated[str, typer.Argument(help="Model directory, name on the hub, or converted checkpoint.")],
+    output: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
+    to: Annotated[str, typer.Option(help="orbax, or safetensors (the Hugging Face layout).")] = "orbax",
+    dtype: DTYPE = None,
+) -> None:
+    """Convert a model to an Orbax checkpoint, or back."""
+    from hetmoe.commands.convert import run
+
+    run(model, output, to, dtype)
 
 
 @app.command(
@@ -118,8 +135,23 @@ def eval(  # noqa: A001
     )  # fmt: skip
 
 
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: object = None,
+    line: object = None,
+) -> None:
+    """Our own warnings are one line for the user; others show where they come from, as Python does."""
+    del file, line  # Unused.
+    where = "" if issubclass(category, CheckpointWarning) else f"{filename}:{lineno}: {category.__name__}: "
+    print(f"hetmoe: warning: {where}{message}", file=sys.stderr)
+
+
 def main() -> None:
     """Entry point of the `hetmoe` command."""
+    warnings.showwarning = _show_warning
     try:
         code = app(standalone_mode=False)
     except InputError as error:

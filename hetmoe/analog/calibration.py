@@ -24,27 +24,15 @@ BINS_PER_OCTAVE, LOWEST_OCTAVE, OCTAVES = 16, -24, 40
 
 
 @struct.dataclass
-class LayerRanges:
-    """DAC ranges of every layer's matrices, in the unit of their inputs; gate and up share one, as do q, k and v."""
-
-    experts_in: Float[Array, "*layers experts tiles"]  # gate, up
-    experts_mid: Float[Array, "*layers experts tiles"]  # down
-    attention_in: Float[Array, "*layers tiles"]  # q, k, v
-    attention_out: Float[Array, "*layers tiles"]  # o
-
-    def of(self, matrix: str) -> Array:
-        """Ranges of the named matrix."""
-        return {
-            "gate": self.experts_in, "up": self.experts_in, "down": self.experts_mid,
-            "q": self.attention_in, "k": self.attention_in, "v": self.attention_in, "o": self.attention_out,
-        }[matrix]  # fmt: skip
-
-
-@struct.dataclass
 class Calibration:
-    """Ranges of a whole model; made for one `tile_rows`."""
+    """DAC ranges of a whole model, in the unit of the inputs; made for one `tile_rows`.
 
-    layers: LayerRanges
+    By site (`hetmoe.models.matrices`: matrices that read one input share its range), stacked over the layers of a kind:
+    `[layers, experts, tiles]` for the sites of routed experts, `[layers, tiles]` for the others.
+    """
+
+    layers: dict[str, Float[Array, "..."]]
+    dense_layers: dict[str, Float[Array, "layers tiles"]]
     lm_head: Float[Array, "tiles"]
     tokens_seen: Float[Array, "layers experts"]  # calibration tokens routed to each expert
     tile_rows: int = struct.field(pytree_node=False)

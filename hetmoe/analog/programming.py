@@ -1,7 +1,5 @@
 """From weights and a key to what the crossbars really hold."""
 
-import enum
-
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -11,20 +9,8 @@ from hetmoe.analog.devices import Stream, global_drift_compensation, group_range
 from hetmoe.analog.random import matrix_normal, require_key
 from hetmoe.analog.spec import AnalogSpec
 from hetmoe.analog.tiles import block_max
-from hetmoe.models.params import Params
-
-
-class Matrix(enum.IntEnum):
-    """Folded into the key; the numbers are part of what a seed means, so they never change."""
-
-    GATE = 0
-    UP = 1
-    DOWN = 2
-    Q = 3
-    K = 4
-    V = 5
-    O = 6  # noqa: E741
-    LM_HEAD = 7
+from hetmoe.models.matrices import Matrix, crossbar_matrices
+from hetmoe.models.params import DenseLayer, Layer, Params
 
 
 @struct.dataclass
@@ -36,23 +22,14 @@ class ProgrammedMatrix:
 
 
 @struct.dataclass
-class ProgrammedLayer:
-    """Matrices of all layers, stacked on a leading axis; attention is None when no plan puts it on crossbars."""
-
-    gate: ProgrammedMatrix
-    up: ProgrammedMatrix
-    down: ProgrammedMatrix
-    q: ProgrammedMatrix | None
-    k: ProgrammedMatrix | None
-    v: ProgrammedMatrix | None
-    o: ProgrammedMatrix | None
-
-
-@struct.dataclass
 class ProgrammedWeights:
-    """What `forward` needs of the analog side for one noise seed."""
+    """What `forward` needs of the analog side for one noise seed; matrices by name (`hetmoe.models.matrices`).
 
-    layers: ProgrammedLayer
+    Those of all layers of one kind are stacked on a leading axis; modules that were not programmed are absent.
+    """
+
+    layers: dict[str, ProgrammedMatrix]
+    dense_layers: dict[str, ProgrammedMatrix]
     lm_head: ProgrammedMatrix | None
 
 
@@ -84,13 +61,15 @@ def program(key: jax.Array, params: Params, spec: AnalogSpec, *, dense: bool) ->
     """Programs a model once: one noise seed.
 
     Every expert is programmed whatever the plan, so that one set of weights serves all placements; draws are float32,
-    results are stored in the dtype of the weights.
+    results are stored in the dtype of the weights. Keys number the layers with experts from 0 in model order, then the
+    LM head, then the layers without experts.
 
     Args:
         key: the noise seed, a scalar threefry key.
         params: the model.
         spec: device and magnitudes.
-        dense: also program attention and LM head (needed by plans that put them on crossbars).
+        dense: also program attention, shared experts, dense layers and LM head (needed by plans that put any of them on
+            crossbars).
 
     Raises:
         TypeError: if the key is not a threefry key.
@@ -103,34 +82,27 @@ def program(key: jax.Array, params: Params, spec: AnalogSpec, *, dense: bool) ->
         maxima = block_max(stored.astype(jnp.float32), spec.options.tile_rows, per_column=per_column)
         return ProgrammedMatrix(w=stored, weight_max=maxima)
 
-    def matrix_key(layer: Array | int, matrix: Matrix) -> jax.Array:
-        return jax.random.fold_in(jax.random.fold_in(key, layer), matrix)
-
-    def experts(w: Array, layer: Array, matrix: Matrix) -> ProgrammedMatrix:
-        base = matrix_key(layer, matrix)
+    def one(name: str, w: Array, layer: Array | int) -> ProgrammedMatrix:
+        base = jax.random.fold_in(jax.random.fold_in(key, layer), Matrix[name.upper()])
+        if w.ndim == 2:
+            return finish(program_matrix(base, w, spec, expert=0), w.dtype)
         noisy = jax.vmap(lambda target, expert: program_matrix(base, target, spec, expert=expert))
         return finish(noisy(w, jnp.arange(w.shape[0])), w.dtype)
 
-    def single(w: Array, layer: Array | int, matrix: Matrix) -> ProgrammedMatrix:
-        return finish(program_matrix(matrix_key(layer, matrix), w, spec, expert=0), w.dtype)
+    def stack(layers: Layer | DenseLayer, first: int) -> dict[str, ProgrammedMatrix]:
+        targets = crossbar_matrices(layers, dense=dense)
+        if not targets:
+            return {}
 
-    stack = params.layers
+        def one_layer(index: Array) -> dict[str, ProgrammedMatrix]:  # the draws of all would be as large again
+            return {name: one(name, w[index], first + index) for name, w in targets.items()}
 
-    def one_layer(index: Array) -> ProgrammedLayer:  # one layer at a time: the draws of all would be as large again
-        layer = jax.tree.map(lambda leaf: leaf[index], stack)
-        return ProgrammedLayer(
-            gate=experts(layer.gate, index, Matrix.GATE),
-            up=experts(layer.up, index, Matrix.UP),
-            down=experts(layer.down, index, Matrix.DOWN),
-            q=single(layer.q, index, Matrix.Q) if dense else None,
-            k=single(layer.k, index, Matrix.K) if dense else None,
-            v=single(layer.v, index, Matrix.V) if dense else None,
-            o=single(layer.o, index, Matrix.O) if dense else None,
-        )
+        return jax.lax.map(one_layer, jnp.arange(layers.input_norm.shape[0]))
 
-    layers = stack.router.shape[0]
+    count = params.layers.input_norm.shape[0]
     head = params.embed.T if params.lm_head is None else params.lm_head
     return ProgrammedWeights(
-        layers=jax.lax.map(one_layer, jnp.arange(layers)),
-        lm_head=single(head, layers, Matrix.LM_HEAD) if dense else None,
+        layers=stack(params.layers, 0),
+        dense_layers={} if params.dense_layers is None else stack(params.dense_layers, count + 1),
+        lm_head=one("lm_head", head, count) if dense else None,
     )

@@ -15,6 +15,7 @@ from rich.table import Table
 from hetmoe.analog.calibration import Calibration, RangeMethod
 from hetmoe.analog.read_noise import make_read_noise
 from hetmoe.analog.spec import AnalogSpec, analog_spec, describe
+from hetmoe.checkpoint.load import load_model, parse_dtype
 from hetmoe.commands.common import WINDOWS_TO_CALIBRATE, choose_text, make_console, write_json
 from hetmoe.errors import InputError
 from hetmoe.evaluate.calibrate import calibrate
@@ -33,7 +34,7 @@ from hetmoe.evaluate.provenance import provenance
 from hetmoe.evaluate.run import make_batches
 from hetmoe.evaluate.text import Windows, load_windows, split_windows
 from hetmoe.files import check_writable, write_bytes
-from hetmoe.models.hf import Model, fingerprint, load_model, parse_dtype
+from hetmoe.models.model import Model, model_fingerprint
 from hetmoe.placement.plan import Plan, all_analog, digital_count, experts_analog, place
 from hetmoe.placement.plan_file import load_plan
 from hetmoe.placement.scores import RULES, score_experts
@@ -264,7 +265,11 @@ def _record(
     return {
         "format": "hetmoe-eval-1",
         "provenance": provenance(),
-        "model": {"name": model.name, "fingerprint": fingerprint(model), "config": dataclasses.asdict(model.config)},
+        "model": {
+            "name": model.name,
+            "fingerprint": model_fingerprint(model),
+            "config": dataclasses.asdict(model.config),
+        },
         "text": {"files": [f.name for f in files], **dataclasses.asdict(size)},
         "options": options,
         "analog": {**describe(request.spec(request.noise_scales[0])), "noise_scale": request.noise_scales},

@@ -1,80 +1,126 @@
-"""`hetmoe info`: what a model is."""
+"""`hetmoe info`: what a model is. Reads headers and routers, not the weights."""
 
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from rich.table import Table
 
+from hetmoe.checkpoint import orbax_directory
+from hetmoe.checkpoint.load import load_model, load_tokenizer, model_directory, model_name, open_checkpoint, parse_dtype
 from hetmoe.commands.common import make_console, write_json
 from hetmoe.evaluate.provenance import provenance
 from hetmoe.files import check_writable
-from hetmoe.models.hf import fingerprint, load_model
-from hetmoe.models.params import Params
+from hetmoe.models.abstract import Leaf, abstract_params, is_leaf
+from hetmoe.models.config import ModelConfig
+from hetmoe.models.model import model_fingerprint
+from hetmoe.placement.streaming import stored_identity
 
-_MODULES = {
-    "embed": ("embedding", "digital"),
-    "input_norm": ("norms", "digital"),
-    "q_norm": ("norms", "digital"),
-    "k_norm": ("norms", "digital"),
-    "moe_norm": ("norms", "digital"),
-    "final_norm": ("norms", "digital"),
-    "router": ("routers", "digital"),
-    "q": ("attention", "digital, or analog by plan"),
-    "k": ("attention", "digital, or analog by plan"),
-    "v": ("attention", "digital, or analog by plan"),
-    "o": ("attention", "digital, or analog by plan"),
-    "lm_head": ("LM head", "digital, or analog by plan"),
-    "gate": ("experts", "analog, or digital by plan"),
-    "up": ("experts", "analog, or digital by plan"),
-    "down": ("experts", "analog, or digital by plan"),
+_DIGITAL, _EITHER = "digital", "digital, or analog by plan"
+_RUNS_ON = {
+    "embedding": _DIGITAL,
+    "norms and biases": _DIGITAL,
+    "routers": _DIGITAL,
+    "attention": _EITHER,
+    "shared experts": _EITHER,
+    "dense FFN": _EITHER,
+    "LM head": _EITHER,
+    "experts": "analog, or digital by plan",
 }
 
 
-def parameters_by_module(params: Params) -> dict[str, int]:
+def module_of(path: str, leaf: Leaf) -> str:
+    """The kind of module that a parameter (its path in the tree, such as `layers.moe.router`) belongs to."""
+    if path == "embed":
+        return "embedding"
+    if path == "lm_head":
+        return "LM head"
+    if not leaf.transposed:
+        return "norms and biases"
+    if path.endswith(("router", "shared_gate")):
+        return "routers"
+    for part, name in ((".attention.", "attention"), (".experts.", "experts"), (".shared.", "shared experts")):
+        if part in path:
+            return name
+    return "dense FFN"
+
+
+def parameters_by_module(config: ModelConfig) -> dict[str, int]:
     """Number of parameters of each kind of module."""
     counts: dict[str, int] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = _MODULES[path[-1].name][0]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config), is_leaf=is_leaf):
+        name = module_of(".".join(part.name for part in path), leaf)
         counts[name] = counts.get(name, 0) + math.prod(leaf.shape)
     return counts
 
 
-def run(model_name: str, dtype: str | None, json_file: Path | None) -> None:
+def active_parameters(config: ModelConfig, counts: dict[str, int]) -> int:
+    """Parameters that a token is multiplied by; a tied embedding counts as LM head."""
+    total = sum(counts.values()) - (0 if config.tie_embeddings else counts["embedding"])
+    return round(total - counts["experts"] * (1 - config.experts_per_token / config.num_experts))
+
+
+def _identify(model_source: str, directory: Path, dtype: str | None) -> tuple[ModelConfig, str, str]:
+    """(config, fingerprint, dtype) of a model directory."""
+    if orbax_directory.is_one(directory):
+        model = load_model(model_source, dtype)
+        return model.config, model_fingerprint(model), str(model.params.embed.dtype)
+    checkpoint = open_checkpoint(model_source)
+    identity, stored = stored_identity(checkpoint, dtype)
+    return checkpoint.config, identity, str(stored)
+
+
+def run(model_source: str, dtype: str | None, json_file: Path | None) -> None:
     """Prints the description, and writes it as JSON if asked."""
     if json_file is not None:
         check_writable(json_file)
-    model = load_model(model_name, dtype)
-    config, console = model.config, make_console()
-    counts = parameters_by_module(model.params)
-    total = sum(counts.values())
-    share = config.experts_per_token / config.num_experts
-    active = total - counts["experts"] * (1 - share) - (counts["embedding"] if model.params.lm_head is not None else 0)
-    where = dict(_MODULES.values())
+    parse_dtype(dtype)
+    directory = model_directory(model_source)
+    config, identity, stored = _identify(model_source, directory, dtype)
+    tokenizer = load_tokenizer(directory / "tokenizer.json", config)
+    console, name = make_console(), model_name(model_source, directory)
+    counts = parameters_by_module(config)
+    total, active = sum(counts.values()), active_parameters(config, counts)
 
-    about = Table(title=f"{model.name} ({fingerprint(model)})", title_justify="left", show_header=False)
-    for field in dataclasses.fields(config):
-        about.add_row(field.name, str(getattr(config, field.name)))
-    about.add_row("dtype", str(model.params.embed.dtype))
-    about.add_row("tokenizer", "none" if model.tokenizer is None else f"{model.tokenizer.get_vocab_size()} entries")
+    about = Table(title=f"{name} ({identity})", title_justify="left", show_header=False)
+    for field, value in _described(config):
+        about.add_row(field, value)
+    about.add_row("dtype", stored)
+    about.add_row("tokenizer", "none" if tokenizer is None else f"{tokenizer.get_vocab_size()} entries")
     console.print(about)
 
     table = Table(title="Parameters", title_justify="left")
     for heading in ("module", "parameters", "share", "memory", "runs on"):
         table.add_column(heading, justify="left" if heading in ("module", "runs on") else "right")
-    width = model.params.embed.dtype.itemsize
-    for name, count in sorted(counts.items(), key=lambda item: -item[1]):
-        table.add_row(name, f"{count:,}", f"{count / total:.2%}", f"{count * width / 1e6:,.2f} MB", where[name])
+    width = jnp.dtype(stored).itemsize
+    for module, count in sorted(counts.items(), key=lambda item: -item[1]):
+        table.add_row(module, f"{count:,}", f"{count / total:.2%}", f"{count * width / 1e6:,.2f} MB", _RUNS_ON[module])
     table.add_row("total", f"{total:,}", "100.00%", f"{total * width / 1e6:,.2f} MB", "")
     console.print(table)
-    console.print(f"multiplied per token: {active:,.0f} parameters")
+    console.print(f"multiplied per token: {active:,} parameters")
     if json_file is not None:
         record = {
             "format": "hetmoe-info-1",
             "provenance": provenance(),
-            "model": {"name": model.name, "fingerprint": fingerprint(model), "config": dataclasses.asdict(config)},
+            "model": {"name": name, "fingerprint": identity, "config": dataclasses.asdict(config)},
             "parameters": counts,
-            "active_parameters": round(active),
+            "active_parameters": active,
         }
         write_json(json_file, record)
+
+
+def _described(config: ModelConfig) -> list[tuple[str, str]]:
+    """Fields and values worth a line: what is off is left out."""
+    rows: list[tuple[str, str]] = []
+    for field in dataclasses.fields(config):
+        value: Any = getattr(config, field.name)
+        if value is None or value is False or value == ():
+            continue
+        if dataclasses.is_dataclass(value):
+            inner = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+            value = ", ".join(f"{n}={v}" for n, v in inner.items() if v is not None and v is not False)
+        rows.append((field.name, str(value)))
+    return rows

@@ -1,13 +1,14 @@
 """Runs a model over calibration text and turns what its matrices received into DAC ranges."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from hetmoe.analog.calibration import Calibration, LayerRanges, Moments, RangeMethod, merge_ranges, observe_inputs
+from hetmoe.analog.calibration import Calibration, Moments, RangeMethod, merge_ranges, observe_inputs
 from hetmoe.analog.tiles import row_blocks
 from hetmoe.errors import InputError
 from hetmoe.models.config import ModelConfig, check_tokens
@@ -18,7 +19,7 @@ from hetmoe.models.transformer import hidden_states
 @functools.partial(jax.jit, static_argnames=("config", "tile_rows", "histogram"))
 def _observe(
     params: Params, tokens: Array, config: ModelConfig, tile_rows: int, histogram: bool
-) -> tuple[dict[str, Moments], Moments]:
+) -> tuple[tuple[dict[str, Moments], dict[str, Moments]], Moments]:
     def observe(x: Array, real: Array, group: Array) -> Moments:
         return observe_inputs(x, real, group, groups=config.num_experts, tile_rows=tile_rows, histogram=histogram)
 
@@ -45,35 +46,34 @@ def calibrate(
     if tokens.ndim != 2 or tokens.shape[0] < 1 or batch < 1:
         raise InputError(f"calibration needs tokens [sequences, seq] and batch >= 1, got {list(tokens.shape)}, {batch}")
     check_tokens(tokens, config)
-    batches: list[dict[str, Moments]] = []
-    heads: list[Moments] = []
+    batches: list[Any] = []
     for start in range(0, tokens.shape[0], batch):
-        seen, head = _observe(params, tokens[start : start + batch], config, tile_rows, how.method == "quantile")
-        batches.append(jax.tree.map(np.asarray, seen))
-        heads.append(jax.tree.map(np.asarray, head))
+        observed = _observe(params, tokens[start : start + batch], config, tile_rows, how.method == "quantile")
+        batches.append(jax.tree.map(np.asarray, observed))
 
     def experts(name: str) -> tuple[np.ndarray, np.ndarray]:
-        return merge_ranges([b[name] for b in batches], how)
+        return merge_ranges([moe[name] for (moe, _), _ in batches], how)
 
-    def single(moments: list[Moments]) -> np.ndarray:
+    def single(moments: list[Moments]) -> Array:
         # Dense matrices have one group of inputs: the first of those that `observe_inputs` was told of.
-        return merge_ranges([m.group(0) for m in moments], how)[0][..., 0, :]
+        return _array(merge_ranges([m.group(0) for m in moments], how)[0][..., 0, :])
 
-    experts_in, counts = experts("experts_in")
+    seen, seen_dense = batches[0][0]
+    counts = experts("experts_in")[1]
     inputs_of_first_block = row_blocks(config.hidden_size, tile_rows)[0][1]
-
-    def array(values: np.ndarray) -> Array:
-        return jnp.asarray(values, jnp.float32)
-
-    layers = LayerRanges(
-        experts_in=array(experts_in),
-        experts_mid=array(experts("experts_mid")[0]),
-        attention_in=array(single([b["attention_in"] for b in batches])),
-        attention_out=array(single([b["attention_out"] for b in batches])),
-    )
     return Calibration(
-        layers=layers,
-        lm_head=array(single(heads)),
-        tokens_seen=array(counts[..., 0] / inputs_of_first_block),
+        layers={
+            site: _array(experts(site)[0])
+            if site.startswith("experts")
+            else single([moe[site] for (moe, _), _ in batches])
+            for site in seen
+        },
+        dense_layers={site: single([dense[site] for (_, dense), _ in batches]) for site in seen_dense},
+        lm_head=single([head for _, head in batches]),
+        tokens_seen=_array(counts[..., 0] / inputs_of_first_block),
         tile_rows=tile_rows,
     )
+
+
+def _array(values: np.ndarray) -> Array:
+    return jnp.asarray(values, jnp.float32)

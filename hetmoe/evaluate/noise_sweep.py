@@ -14,7 +14,7 @@ from hetmoe.analog.calibration import Calibration
 from hetmoe.analog.spec import AnalogSpec
 from hetmoe.errors import InputError
 from hetmoe.evaluate.run import Batches, Totals, evaluate_digital, evaluate_seeds
-from hetmoe.models.hf import Model
+from hetmoe.models.model import Model
 from hetmoe.placement.plan import Plan, check_plan, place, stack_plans
 from hetmoe.placement.scores import score_experts
 

@@ -113,7 +113,7 @@ def evaluate_seeds(
         batches: text.
         config: static.
     """
-    dense = plans.attention is not None or plans.lm_head is not None
+    dense = plans.switches_dense
 
     def one_seed(seed: tuple[jax.Array, Plan]) -> Totals:
         key, seed_plans = seed

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from hetmoe.checkpoint.load import model_directory
 from hetmoe.errors import InputError
-from hetmoe.models.hf import Model, model_directory
+from hetmoe.models.model import Model
 
 SEPARATOR = "\n<|endoftext|>\n"  # between documents of a text file
 
@@ -18,7 +19,7 @@ SEPARATOR = "\n<|endoftext|>\n"  # between documents of a text file
 class Document:
     """One tokenised document. All arrays have one entry per token."""
 
-    ids: np.ndarray  # int32; starts with the end-of-text token if the model has one
+    ids: np.ndarray  # int32; starts with the model's start token if it has one
     byte_count: np.ndarray  # UTF-8 bytes of text that the token adds
     whole_word: np.ndarray  # bool: the token is one whole word of letters behind a space
 
@@ -45,8 +46,8 @@ def heldout_files() -> list[Path]:
     return sorted((model_directory("reference") / "heldout").glob("*.txt"))
 
 
-def tokenize(text: str, tokenizer: Tokenizer, eos: int | None, vocab_size: int) -> Document:
-    """Tokenises one document.
+def tokenize(text: str, tokenizer: Tokenizer, start: int | None, vocab_size: int) -> Document:
+    """Tokenises one document; `start` goes before it and adds no bytes.
 
     Raises:
         InputError: if a token is outside the model's vocabulary.
@@ -60,8 +61,8 @@ def tokenize(text: str, tokenizer: Tokenizer, eos: int | None, vocab_size: int) 
     # Tokens that share a multi-byte character report the same end: the first of them counts its bytes.
     byte_count = np.diff(byte_at[np.maximum.accumulate(ends)], prepend=0) if ids.size else np.zeros(0, np.int64)
     words = np.array([_is_whole_word(text, *span) for span in encoding.offsets], bool)
-    if eos is not None:
-        ids = np.concatenate([np.array([eos], np.int32), ids])
+    if start is not None:
+        ids = np.concatenate([np.array([start], np.int32), ids])
         byte_count = np.concatenate([[0], byte_count])
         words = np.concatenate([[False], words])
     return Document(ids=ids, byte_count=byte_count, whole_word=words)
@@ -129,7 +130,7 @@ def load_windows(model: Model, files: Sequence[Path], seq: int) -> list[Windows]
     sources = []
     for file in files:
         documents = [
-            tokenize(part, model.tokenizer, model.eos_token_id, model.config.vocab_size)
+            tokenize(part, model.tokenizer, model.start_token_id, model.config.vocab_size)
             for part in read_text(file).split(SEPARATOR)
         ]
         windows = cut(documents, seq)

@@ -3,13 +3,15 @@
 import jax
 
 from hetmoe.analog.calibration import Calibration
-from hetmoe.analog.programming import ProgrammedWeights
+from hetmoe.analog.programming import ProgrammedMatrix, ProgrammedWeights
 from hetmoe.analog.random import require_key
 from hetmoe.analog.spec import AnalogSpec
 from hetmoe.analog.tiles import row_blocks
 from hetmoe.errors import InputError
+from hetmoe.models.abstract import abstract_params
 from hetmoe.models.config import ModelConfig
-from hetmoe.models.params import abstract_params
+from hetmoe.models.matrices import MATRICES, crossbar_matrices
+from hetmoe.models.params import Params
 from hetmoe.placement.plan import Plan, check_plan
 
 
@@ -31,7 +33,7 @@ def check_analog(
     if plan is None or spec is None or programmed is None:
         raise InputError(f"the analog path needs plan, spec and programmed together; missing: {', '.join(missing)}")
     check_plan(plan, config)
-    if (plan.attention is not None or plan.lm_head is not None) and programmed.lm_head is None:
+    if plan.switches_dense and programmed.lm_head is None:
         raise InputError("the plan puts dense modules on crossbars, but they are not programmed: program(dense=True)")
     _check_shapes(config, spec, programmed, calibration)
     if (spec.read_noise is None) != (read_key is None):
@@ -48,34 +50,47 @@ def _check_shapes(
     def tiles(rows: int) -> int:
         return len(row_blocks(rows, options.tile_rows))
 
-    wanted = {name: getattr(leaves.layers, name).shape for name in ("gate", "up", "down", "q", "k", "v", "o")}
-    found = {name: getattr(programmed.layers, name) for name in wanted} | {"lm_head": programmed.lm_head}
-    wanted["lm_head"] = (config.hidden_size, config.vocab_size)
-    for name, matrix in found.items():
-        if matrix is None:
-            continue
-        *stack, rows, columns = wanted[name]
+    def check(name: str, matrix: ProgrammedMatrix, shape: tuple[int, ...]) -> None:
+        *stack, rows, columns = shape
         maxima = (*stack, tiles(rows), columns if options.bound_axis == "column" else 1)
-        if matrix.w.shape != wanted[name] or matrix.weight_max.shape != maxima:
+        if matrix.w.shape != shape or matrix.weight_max.shape != maxima:
             raise InputError(
                 f"programmed {name} has weights {list(matrix.w.shape)} and maxima {list(matrix.weight_max.shape)}; "
-                f"this model and spec need {list(wanted[name])} and {list(maxima)}: program it again with this spec"
+                f"this model and spec need {list(shape)} and {list(maxima)}: program it again with this spec"
             )
-    if calibration is None:
-        return
-    if calibration.tile_rows != options.tile_rows:
+
+    dense = programmed.lm_head is not None
+    stacks = (
+        (leaves.layers, programmed.layers, "layers"),
+        (leaves.dense_layers, programmed.dense_layers, "dense_layers"),
+    )
+    for layer, found, kind in stacks:
+        wanted = {} if layer is None else crossbar_matrices(layer, dense=dense)
+        if wanted.keys() != found.keys():
+            raise InputError(
+                f"programmed {kind} hold {', '.join(found) or 'nothing'}, this model needs {', '.join(wanted)}: "
+                "program it again"
+            )
+        for name, leaf in wanted.items():
+            check(name, found[name], leaf.shape)
+    if programmed.lm_head is not None:
+        check("lm_head", programmed.lm_head, (config.hidden_size, config.vocab_size))
+    if calibration is not None:
+        _check_ranges(leaves, calibration, options.tile_rows)
+
+
+def _check_ranges(leaves: Params, calibration: Calibration, tile_rows: int) -> None:
+    if calibration.tile_rows != tile_rows:
         raise InputError(
-            f"calibration was made for tile_rows={calibration.tile_rows}, the spec has {options.tile_rows}: "
-            "calibrate again"
+            f"calibration was made for tile_rows={calibration.tile_rows}, the spec has {tile_rows}: calibrate again"
         )
-    layers, experts = config.num_layers, config.num_experts
-    shapes = {
-        "experts_in": (layers, experts, tiles(config.hidden_size)),
-        "experts_mid": (layers, experts, tiles(config.expert_intermediate_size)),
-        "attention_in": (layers, tiles(config.hidden_size)),
-        "attention_out": (layers, tiles(config.num_heads * config.head_dim)),
-    }
-    for name, shape in shapes.items():
-        ranges = getattr(calibration.layers, name)
-        if ranges.shape != shape:
-            raise InputError(f"calibration {name} has shape {list(ranges.shape)}, this model needs {list(shape)}")
+    for layer, ranges in ((leaves.layers, calibration.layers), (leaves.dense_layers, calibration.dense_layers)):
+        wanted: dict[str, tuple[int, ...]] = {}
+        for name, leaf in ({} if layer is None else crossbar_matrices(layer)).items():
+            *stack, rows, _ = leaf.shape
+            wanted[MATRICES[name].site] = (*stack, len(row_blocks(rows, tile_rows)))
+        found = {site: values.shape for site, values in ranges.items()}
+        if wanted != found:
+            wrong = next(site for site in wanted | found if wanted.get(site) != found.get(site))
+            shapes = (list(s) if s is not None else "nothing" for s in (found.get(wrong), wanted.get(wrong)))
+            raise InputError("calibration {} has shape {}, this model needs {}: calibrate again".format(wrong, *shapes))

@@ -1,11 +1,19 @@
-"""Causal self-attention: RMS norm, rotary embedding, grouped-query attention."""
+"""Causal self-attention: projections, plain or through latents, and grouped-query attention over them."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from hetmoe.models.config import ModelConfig
+from hetmoe.models.config import LatentAttention, ModelConfig
+from hetmoe.models.hardware import LayerHardware, Probe, dense_matmul
+from hetmoe.models.params import Attention
+from hetmoe.models.rotary import latent_score_factor, rotary
+
+QUERY_CHUNK = 256  # queries of a long sequence whose scores are held at once
+LONG = 512  # positions from which on queries are taken in chunks
 
 
 def rms_norm(x: Float[Array, "*batch width"], gain: Float[Array, "width"], eps: float) -> Float[Array, "*batch width"]:
@@ -18,39 +26,128 @@ def rms_norm(x: Float[Array, "*batch width"], gain: Float[Array, "width"], eps: 
     return (gain.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,)) * wide).astype(x.dtype)
 
 
-def rotary(
-    x: Float[Array, "batch seq heads dim"], positions: Int[Array, "seq"], theta: float
-) -> Float[Array, "batch seq heads dim"]:
-    """Rotary position embedding (Su et al. 2021), pairing element i with i + dim/2 as in Llama and OLMoE."""
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions.astype(jnp.float32)[:, None] * frequency[None, :]  # [seq, half], radians
-    cos, sin = jnp.cos(angle)[None, :, None, :], jnp.sin(angle)[None, :, None, :]
-    low, high = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)
+def attention_block(
+    x: Float[Array, "batch seq hidden"],
+    weights: Attention,
+    config: ModelConfig,
+    hardware: LayerHardware | None,
+    probe: Probe,
+) -> Float[Array, "batch seq hidden"]:
+    """What attention adds to the residual stream; `x` is already normed."""
+    batch, seq, hidden = x.shape
+    flat = x.reshape(batch * seq, hidden)
+
+    def project(inputs: Array, name: str) -> Array:
+        out = dense_matmul(inputs, getattr(weights, name), name, hardware)
+        bias = getattr(weights, f"{name}_bias", None)
+        return out if bias is None else out + bias[None]
+
+    def heads(values: Array, count: int) -> Array:
+        return rearrange(values, "(b s) (n d) -> b s n d", b=batch, n=count)
+
+    probe.single("attention_in", flat)
+    if config.latent is None:
+        q, k, v = _plain(flat, weights, config, project, heads)
+        scale = config.head_dim**-0.5
+    else:
+        q, k, v = _latent(flat, weights, config, config.latent, project, heads, probe)
+        scale = config.head_dim**-0.5 * latent_score_factor(config.rope)
+    mixed = attend(q, k, v, scale=scale, window=config.sliding_window).reshape(batch * seq, -1)
+    probe.single("attention_out", mixed)
+    return project(mixed, "o").reshape(x.shape)
+
+
+def _plain(
+    x: Array, weights: Attention, config: ModelConfig, project: Callable[[Array, str], Array],
+    heads: Callable[[Array, int], Array],
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    q, k, v = project(x, "q"), project(x, "k"), project(x, "v")
+    eps = config.rms_norm_eps
+    if config.qk_norm == "width":
+        q, k = rms_norm(q, weights.q_norm, eps), rms_norm(k, weights.k_norm, eps)
+    if config.clip_qkv is not None:
+        q, k, v = (jnp.clip(t, -config.clip_qkv, config.clip_qkv) for t in (q, k, v))
+    q, k, v = heads(q, config.num_heads), heads(k, config.num_kv_heads), heads(v, config.num_kv_heads)
+    if config.qk_norm == "head":
+        q, k = rms_norm(q, weights.q_norm, eps), rms_norm(k, weights.k_norm, eps)
+    positions = jnp.arange(q.shape[1])
+    return rotary(q, positions, config.rope), rotary(k, positions, config.rope), v
+
+
+def _latent(
+    x: Array, weights: Attention, config: ModelConfig, latent: LatentAttention,
+    project: Callable[[Array, str], Array], heads: Callable[[Array, int], Array], probe: Probe,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """Queries, keys and values of latent attention (DeepSeek-V2, arXiv 2405.04434, eqs. 9-19), latents expanded."""
+    if latent.query_rank is None:
+        q = project(x, "q")
+    else:
+        query = rms_norm(project(x, "q_a"), weights.q_a_norm, latent.norm_eps)
+        probe.single("query_latent", query)
+        q = project(query, "q_b")
+    compressed = project(x, "kv_a")
+    content = rms_norm(compressed[:, : latent.kv_rank], weights.kv_a_norm, latent.norm_eps)
+    probe.single("kv_latent", content)
+    kv = heads(project(content, "kv_b"), config.num_heads)
+    q, shared_key = heads(q, config.num_heads), heads(compressed[:, latent.kv_rank :], 1)
+    positions = jnp.arange(q.shape[1])
+    split = latent.content_dim
+    turned_q = rotary(q[..., split:], positions, config.rope)
+    turned_k = rotary(shared_key, positions, config.rope)
+    turned_k = jnp.broadcast_to(turned_k, (*kv.shape[:-1], latent.rope_dim))
+    q = jnp.concatenate([q[..., :split], turned_q], axis=-1)
+    k = jnp.concatenate([kv[..., :split], turned_k], axis=-1)
+    return q, k, kv[..., split:]
 
 
 def attend(
-    q: Float[Array, "batch seq q_width"],
-    k: Float[Array, "batch seq kv_width"],
-    v: Float[Array, "batch seq kv_width"],
-    config: ModelConfig,
+    q: Float[Array, "batch seq heads dim"],
+    k: Float[Array, "batch seq kv_heads dim"],
+    v: Float[Array, "batch seq kv_heads value"],
+    *,
+    scale: float,
+    window: int | None,
 ) -> Float[Array, "batch seq q_width"]:
-    """Causal attention over projected (and normed) queries, keys and values; softmax in float32."""
-    batch, seq, _ = q.shape
-    groups = config.num_heads // config.num_kv_heads
-    positions = jnp.arange(seq)
-    q = rotary(rearrange(q, "b s (n d) -> b s n d", n=config.num_heads), positions, config.rope_theta)
-    k = rotary(rearrange(k, "b s (n d) -> b s n d", n=config.num_kv_heads), positions, config.rope_theta)
+    """Causal attention; softmax in float32.
+
+    Args:
+        q: queries, turned; consecutive heads share a key head.
+        k: keys, turned.
+        v: values.
+        scale: multiplies the scores.
+        window: how many positions a query sees, itself included; None = all up to its own.
+    """
+    batch, seq, heads, _ = q.shape
+    kv_heads = k.shape[2]
+    groups = heads // kv_heads
     # One leading axis of independent heads: `jax.nn.dot_product_attention` took 3 times as long on CPU.
     # Query heads that share a key head become rows of one matmul.
-    q = rearrange(q * config.head_dim**-0.5, "b s (n g) d -> (b n) (g s) d", g=groups)
+    q = rearrange(q * jnp.asarray(scale, q.dtype), "b s (n g) d -> (b n) g s d", g=groups)
     k = rearrange(k, "b s n d -> (b n) d s")
-    v = rearrange(v, "b s (n d) -> (b n) s d", n=config.num_kv_heads)
-    scores = jnp.matmul(q, k, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
-    causal = jnp.tile(jnp.tril(jnp.ones((seq, seq), bool)), (groups, 1))[None]
-    scores = jnp.where(causal, scores, -jnp.inf)
-    exp = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-    out = jnp.matmul(exp.astype(v.dtype), v, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
-    out = (out / jnp.sum(exp, axis=-1, keepdims=True)).astype(v.dtype)
-    return rearrange(out, "(b n) (g s) d -> b s (n g d)", b=batch, g=groups)
+    v = rearrange(v, "b s n d -> (b n) s d")
+
+    def rows(part: Array, positions: Array) -> Array:
+        """Attention of some queries `[heads, groups, rows, dim]` at `positions`."""
+        count = part.shape[2]
+        flat = rearrange(part, "h g s d -> h (g s) d")
+        scores = jnp.matmul(flat, k, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+        behind = positions[:, None] - jnp.arange(seq)[None, :]
+        seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
+        scores = jnp.where(jnp.tile(seen, (groups, 1))[None], scores, -jnp.inf)
+        exp = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+        out = jnp.matmul(
+            exp.astype(v.dtype), v, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+        )
+        out = (out / jnp.sum(exp, axis=-1, keepdims=True)).astype(v.dtype)
+        return rearrange(out, "h (g s) d -> h g s d", s=count)
+
+    if seq <= LONG:
+        out = rows(q, jnp.arange(seq))
+    else:
+        pad = -seq % QUERY_CHUNK
+        parts = rearrange(jnp.pad(q, ((0, 0), (0, 0), (0, pad), (0, 0))), "h g (c s) d -> c h g s d", s=QUERY_CHUNK)
+        # Padding rows repeat the last position: they are dropped, and a row that sees nothing would be NaN.
+        positions = jnp.minimum(jnp.arange(seq + pad), seq - 1).reshape(-1, QUERY_CHUNK)
+        out = jax.lax.map(lambda chunk: jax.checkpoint(rows)(*chunk), (parts, positions))
+        out = rearrange(out, "c h g s d -> h g (c s) d")[:, :, :seq]
+    return rearrange(out, "(b n) g s d -> b s (n g d)", b=batch)

@@ -1,180 +1,271 @@
 """Model configuration: one explicit field for every architectural difference."""
 
 import dataclasses
-import json
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal
 
 import numpy as np
 
 from hetmoe.errors import InputError
 
+# Which names a checkpoint uses for its tensors and config fields; the forward pass never looks at it.
+Family = Literal["olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek", "deepseek_v2", "deepseek_v3"]
+
+
+def _whole(value: object, least: int = 1) -> bool:
+    return type(value) is int and value >= least  # type() because a bool is an int
+
 
 def _positive(value: object) -> bool:
-    return type(value) in {int, float} and 0 < cast("float", value) < float("inf")
+    return type(value) in (int, float) and 0 < value < float("inf")  # pyright: ignore[reportOperatorIssue]
 
 
-def _checked_rope(config: Mapping[str, Any], source: str) -> Mapping[str, Any]:
-    """Refuses by name what would change the arithmetic; returns the rope parameters of transformers 5, if any."""
-    if not isinstance(config, Mapping):
-        raise InputError(f"{source}: expected a JSON object, found {type(config).__name__}")
-    if config.get("model_type") != "olmoe":
-        raise InputError(f"{source}: model_type {config.get('model_type')!r} is not supported (supported: 'olmoe')")
-    supported = {"hidden_act": "silu", "attention_bias": False, "rope_scaling": None, "attention_dropout": 0.0}
-    for name, value in supported.items():
-        if config.get(name, value) != value:
-            raise InputError(f"{source}: {name}={config[name]!r} is not supported (supported: {value!r})")
-    rope = config.get("rope_parameters")
-    rope = {} if rope is None else rope
-    if not isinstance(rope, Mapping):
-        raise InputError(f"{source}: rope_parameters={rope!r} must be an object")
-    for name in ("rope_type", "type"):
-        if rope.get(name, "default") != "default":
-            raise InputError(f"{source}: {name}={rope[name]!r} is not supported (supported: 'default')")
-    return rope
+def _check(fields: dict[str, object], accept: Any, must: str) -> None:
+    for name, value in fields.items():
+        if not accept(value):
+            raise InputError(f"model config: {name}={value!r} must be {must}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Yarn:
+    """Stretching of rotary frequencies by YaRN (Peng et al. 2023, arXiv 2309.00071).
+
+    `factor` is the stretch, `original_positions` the context it was trained on; frequencies that turn more than
+    `beta_fast` times within it stay, those that turn less than `beta_slow` times are divided by `factor`, with a linear
+    ramp between; `truncate` rounds the ramp's ends outwards to whole elements. `attention_factor` multiplies cosine and
+    sine (None = from `mscale` and `mscale_all_dim` or, without both, `0.1 ln(factor) + 1`).
+    """
+
+    factor: float
+    original_positions: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    attention_factor: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        positive = {f"yarn.{n}": getattr(self, n) for n in ("factor", "beta_fast", "beta_slow")}
+        positive |= {
+            f"yarn.{n}": v
+            for n in ("mscale", "mscale_all_dim", "attention_factor")
+            if (v := getattr(self, n)) is not None
+        }
+        _check(positive, _positive, "positive and finite")
+        _check({"yarn.original_positions": self.original_positions}, _whole, "a whole number of at least 1")
+        _check({"yarn.truncate": self.truncate}, lambda v: type(v) is bool, "True or False")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary position embedding.
+
+    `theta` is the base of the frequencies, `linear` a division of all positions (None = off), `interleaved` pairs
+    element 2i with 2i + 1 (DeepSeek-V2/V3) where the others pair i with i + dim / 2.
+    """
+
+    theta: float
+    linear: float | None = None
+    yarn: Yarn | None = None
+    interleaved: bool = False
+
+    def __post_init__(self) -> None:
+        _check({"rope.theta": self.theta}, _positive, "positive and finite")
+        _check(
+            {"rope.linear": self.linear}, lambda v: v is None or _positive(v), "positive and finite, or None for off"
+        )
+        _check({"rope.interleaved": self.interleaved}, lambda v: type(v) is bool, "True or False")
+        if self.linear is not None and self.yarn is not None:
+            raise InputError("model config: rope.linear and rope.yarn exclude each other")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentAttention:
+    """Widths of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
+
+    `query_rank` None = queries are projected directly. A head's query and key are `content_dim` elements without and
+    `rope_dim` elements with rotary embedding (the key's rotary part is shared by all heads); its value has `value_dim`.
+    `norm_eps` is the epsilon of the latents' RMS norms, 1e-6 in every published implementation whatever the model's.
+    """
+
+    query_rank: int | None
+    kv_rank: int
+    content_dim: int
+    rope_dim: int
+    value_dim: int
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        sizes = {f"latent.{n}": getattr(self, n) for n in ("kv_rank", "content_dim", "rope_dim", "value_dim")}
+        if self.query_rank is not None:
+            sizes["latent.query_rank"] = self.query_rank
+        _check(sizes, _whole, "a whole number of at least 1")
+        _check({"latent.norm_eps": self.norm_eps}, _positive, "positive and finite")
+        if self.rope_dim % 2:
+            raise InputError(f"model config: latent.rope_dim={self.rope_dim} must be even for rotary embeddings")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Shape and options of a decoder-only mixture-of-experts language model.
 
-    Static under `jax.jit` (hashable). Sizes are counts; `rope_theta` is the base of the rotary
-    frequencies in radians per position; `clip_qkv` bounds the projections symmetrically (None = off).
+    Static under `jax.jit` (hashable). Sizes are counts; `None` or False = off.
+
+    Attention: `qk_norm` is an RMS norm of queries and keys over the whole width (OLMoE) or over each head (Qwen3);
+    `clip_qkv` bounds the projections symmetrically; a query sees the last `sliding_window` positions; with `latent`
+    the projections are those of latent attention and `head_dim` is the width of its queries and keys.
+
+    Router: `router_score` turns logits into scores. `selection_bias` is added to the scores for the choice only
+    (DeepSeek-V3). With `expert_groups` the experts come from the best `groups_per_token` groups, a group being scored
+    by its best expert or by the sum of its best two (`group_score`). The chosen scores are divided by their sum if
+    `norm_topk_prob`, then multiplied by `routed_scaling_factor`.
+
+    Layers: those listed in `dense_layers` have one feed-forward network of `dense_intermediate_size`, the others
+    experts. `shared_intermediate_size` is the width of all shared experts of a layer together (they are one SwiGLU);
+    `shared_gate` multiplies their output by a sigmoid of the token.
 
     Raises:
         InputError: on construction, naming the field and the value that is out of range.
     """
 
+    family: Family
     vocab_size: int
     hidden_size: int
-    expert_intermediate_size: int
     num_layers: int
+    max_position_embeddings: int
+    tie_embeddings: bool
+    rms_norm_eps: float
+    rope: Rope
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    qk_norm: Literal["width", "head"] | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False
+    clip_qkv: float | None = None
+    sliding_window: int | None = None
+    latent: LatentAttention | None = None
     num_experts: int
     experts_per_token: int
+    expert_intermediate_size: int
+    router_score: Literal["softmax", "sigmoid"] = "softmax"
     norm_topk_prob: bool
-    clip_qkv: float | None
-    rms_norm_eps: float
-    rope_theta: float
-    max_position_embeddings: int
-    tie_embeddings: bool
+    selection_bias: bool = False
+    expert_groups: int | None = None
+    groups_per_token: int | None = None
+    group_score: Literal["best", "best_two"] | None = None
+    routed_scaling_factor: float = 1.0
+    shared_intermediate_size: int | None = None
+    shared_gate: bool = False
+    dense_layers: tuple[int, ...] = ()
+    dense_intermediate_size: int | None = None
 
     def __post_init__(self) -> None:
-        for name in (
+        sizes = (
             "vocab_size", "hidden_size", "expert_intermediate_size", "num_layers", "num_heads", "num_kv_heads",
             "head_dim", "num_experts", "experts_per_token", "max_position_embeddings",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"model config: {name}={value!r} must be a whole number of at least 1")
-        if self.experts_per_token > self.num_experts:
-            raise InputError(
-                f"model config: experts_per_token={self.experts_per_token} exceeds num_experts={self.num_experts}"
-            )
+        )  # fmt: skip
+        _check({n: getattr(self, n) for n in sizes}, _whole, "a whole number of at least 1")
+        optional = ("sliding_window", "shared_intermediate_size", "dense_intermediate_size")
+        given = {n: v for n in optional if (v := getattr(self, n)) is not None}
+        _check(given, _whole, "a whole number of at least 1, or None for off")
+        positive = ("rms_norm_eps", "routed_scaling_factor")
+        _check({n: getattr(self, n) for n in positive}, _positive, "positive and finite")
+        _check({"clip_qkv": self.clip_qkv}, lambda v: v is None or _positive(v), "positive and finite, or None for off")
+        flags = ("norm_topk_prob", "tie_embeddings", "qkv_bias", "output_bias", "selection_bias", "shared_gate")
+        _check({n: getattr(self, n) for n in flags}, lambda v: type(v) is bool, "True or False")
+        self._check_attention()
+        self._check_router()
+        self._check_layers()
+
+    def _check_attention(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise InputError(
                 f"model config: num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
             )
-        if self.head_dim % 2:
-            raise InputError(f"model config: head_dim={self.head_dim} must be even for rotary embeddings")
-        for name in ("rms_norm_eps", "rope_theta"):
-            value = getattr(self, name)
-            if not _positive(value):
-                raise InputError(f"model config: {name}={value!r} must be positive and finite")
-        if self.clip_qkv is not None and not _positive(self.clip_qkv):
-            raise InputError(f"model config: clip_qkv={self.clip_qkv!r} must be positive and finite, or None for off")
-        for name in ("norm_topk_prob", "tie_embeddings"):
-            if type(getattr(self, name)) is not bool:
-                raise InputError(f"model config: {name}={getattr(self, name)!r} must be True or False")
+        if self.qk_norm not in (None, "width", "head"):
+            raise InputError(f"model config: qk_norm={self.qk_norm!r} must be 'width', 'head' or None")
+        if self.latent is None:
+            if self.head_dim % 2:
+                raise InputError(f"model config: head_dim={self.head_dim} must be even for rotary embeddings")
+            return
+        if self.head_dim != self.latent.content_dim + self.latent.rope_dim:
+            raise InputError(
+                f"model config: head_dim={self.head_dim} must be latent.content_dim + latent.rope_dim = "
+                f"{self.latent.content_dim + self.latent.rope_dim}"
+            )
+        if self.num_kv_heads != self.num_heads:
+            raise InputError(
+                f"model config: latent attention needs num_kv_heads={self.num_kv_heads} equal to num_heads"
+            )
+        for name in ("qk_norm", "clip_qkv", "sliding_window"):
+            if getattr(self, name) is not None:
+                raise InputError(f"model config: {name}={getattr(self, name)!r} does not go with latent attention")
 
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any], *, source: str = "config.json") -> "ModelConfig":
-        """Reads the `config.json` of a Hugging Face OLMoE checkpoint (transformers 4 or 5 spelling).
-
-        Fields that change the arithmetic and are not supported are refused by name, never ignored.
-
-        Raises:
-            InputError: naming `source`, the field, what was found and what is expected.
-        """
-        rope = _checked_rope(config, source)
-
-        def field(name: str, kind: type) -> Any:
-            if name not in config:
-                raise InputError(f"{source}: field {name!r} is missing")
-            value = config[name]
-            if kind is float and type(value) is int and abs(value) < 2**53:  # exact as a float
-                value = float(value)
-            if type(value) is not kind:
-                raise InputError(f"{source}: {name}={value!r} must be {kind.__name__}")
-            return value
-
-        theta = rope.get("rope_theta", config.get("rope_theta"))
-        if type(theta) not in {int, float} or not 0 < theta < 1e300:  # type() because a bool is an int
-            raise InputError(f"{source}: neither rope_theta nor rope_parameters.rope_theta is a positive number")
-        heads, hidden = field("num_attention_heads", int), field("hidden_size", int)
-        head_dim = config.get("head_dim")
-        if head_dim is None:
-            if heads < 1 or hidden % heads:
-                raise InputError(f"{source}: hidden_size={hidden} is not a multiple of num_attention_heads={heads}")
-            head_dim = hidden // heads
-        clip = config.get("clip_qkv")
-        return cls(
-            vocab_size=field("vocab_size", int),
-            hidden_size=hidden,
-            expert_intermediate_size=field("intermediate_size", int),
-            num_layers=field("num_hidden_layers", int),
-            num_heads=heads,
-            num_kv_heads=field("num_key_value_heads", int),
-            head_dim=head_dim,
-            num_experts=field("num_experts", int),
-            experts_per_token=field("num_experts_per_tok", int),
-            norm_topk_prob=field("norm_topk_prob", bool),
-            clip_qkv=None if clip is None else field("clip_qkv", float),
-            rms_norm_eps=field("rms_norm_eps", float),
-            rope_theta=float(theta),
-            max_position_embeddings=field("max_position_embeddings", int),
-            tie_embeddings=field("tie_word_embeddings", bool),
+    def _check_router(self) -> None:
+        if self.experts_per_token > self.num_experts:
+            raise InputError(
+                f"model config: experts_per_token={self.experts_per_token} exceeds num_experts={self.num_experts}"
+            )
+        if self.router_score not in ("softmax", "sigmoid"):
+            raise InputError(f"model config: router_score={self.router_score!r} must be 'softmax' or 'sigmoid'")
+        grouped = (self.expert_groups, self.groups_per_token, self.group_score)
+        if grouped == (None, None, None):
+            return
+        _check(
+            {"expert_groups": self.expert_groups, "groups_per_token": self.groups_per_token},
+            _whole,
+            "a whole number of at least 1 (all of expert_groups, groups_per_token and group_score, or none)",
         )
+        if self.group_score not in ("best", "best_two"):
+            raise InputError(f"model config: group_score={self.group_score!r} must be 'best' or 'best_two'")
+        groups, taken = self.expert_groups or 1, self.groups_per_token or 1
+        size = self.num_experts // groups
+        if self.num_experts % groups or size < (2 if self.group_score == "best_two" else 1):
+            raise InputError(
+                f"model config: num_experts={self.num_experts} cannot be cut into expert_groups={groups} equal groups"
+                + (" of at least 2" if self.group_score == "best_two" else "")
+            )
+        if taken > groups or taken * size < self.experts_per_token:
+            raise InputError(
+                f"model config: groups_per_token={taken} of {groups} groups of {size} experts cannot give "
+                f"experts_per_token={self.experts_per_token}"
+            )
 
-    @classmethod
-    def from_file(cls, path: Path) -> "ModelConfig":
-        """Reads a `config.json`. Raises InputError for a file that is absent or is not JSON."""
-        try:
-            return cls.from_hf(json.loads(path.read_text(encoding="utf-8")), source=str(path))
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such file; a model directory holds config.json and *.safetensors") from None
-        except InputError:
-            raise
-        except (ValueError, RecursionError, OSError) as error:  # not JSON, not UTF-8, nested too deep, not readable
-            raise InputError(f"{path}: not readable as JSON ({error})") from None
+    def _check_layers(self) -> None:
+        layers = self.dense_layers
+        if not isinstance(layers, tuple) or any(not _whole(i, 0) or i >= self.num_layers for i in layers):
+            raise InputError(f"model config: dense_layers={layers!r} must be layer numbers below {self.num_layers}")
+        if list(layers) != sorted(set(layers)):
+            raise InputError(f"model config: dense_layers={layers!r} must be ascending and without repetition")
+        if len(layers) == self.num_layers:
+            raise InputError("model config: every layer is dense; a mixture-of-experts model has layers with experts")
+        if bool(layers) != (self.dense_intermediate_size is not None):
+            raise InputError(
+                f"model config: dense_layers={layers!r} and dense_intermediate_size={self.dense_intermediate_size!r} "
+                "go together: give both or neither"
+            )
+        if self.shared_gate and self.shared_intermediate_size is None:
+            raise InputError("model config: shared_gate=True needs shared_intermediate_size")
 
-    def to_hf(self) -> dict[str, Any]:
-        """The `config.json` content that `from_hf` reads back to an equal config."""
-        return {
-            "architectures": ["OlmoeForCausalLM"],
-            "model_type": "olmoe",
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.expert_intermediate_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "num_experts": self.num_experts,
-            "num_experts_per_tok": self.experts_per_token,
-            "norm_topk_prob": self.norm_topk_prob,
-            "clip_qkv": self.clip_qkv,
-            "rms_norm_eps": self.rms_norm_eps,
-            "rope_theta": self.rope_theta,
-            "max_position_embeddings": self.max_position_embeddings,
-            "tie_word_embeddings": self.tie_embeddings,
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "rope_scaling": None,
-        }
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Numbers of the decoder layers that hold experts, ascending."""
+        return tuple(i for i in range(self.num_layers) if i not in self.dense_layers)
+
+    @property
+    def runs(self) -> tuple[tuple[bool, int, int], ...]:
+        """Runs of equal layers in order: (has experts, first, end), counted among the layers of that kind."""
+        result: list[tuple[bool, int, int]] = []
+        counts = {True: 0, False: 0}
+        for layer in range(self.num_layers):
+            kind = layer not in self.dense_layers
+            if result and result[-1][0] == kind:
+                result[-1] = (kind, result[-1][1], counts[kind] + 1)
+            else:
+                result.append((kind, counts[kind], counts[kind] + 1))
+            counts[kind] += 1
+        return tuple(result)
 
 
 def check_tokens(tokens: Any, config: ModelConfig) -> None:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from hetmoe.errors import InputError
-from hetmoe.models.hf import Model
+from hetmoe.models.model import Model
 from hetmoe.models.transformer import head_matrix, hidden_states
 
 
@@ -18,7 +18,7 @@ def greedy(model: Model, prompt: str, tokens: int) -> str:
     """
     if model.tokenizer is None:
         raise InputError(f"model {model.name!r} has no tokenizer.json")
-    start = [] if model.eos_token_id is None else [model.eos_token_id]
+    start = [] if model.start_token_id is None else [model.start_token_id]
     ids = start + model.tokenizer.encode(prompt, add_special_tokens=False).ids
     length = len(ids) + tokens
     if not ids or tokens < 1 or length > model.config.max_position_embeddings:

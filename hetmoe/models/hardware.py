@@ -8,53 +8,62 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool
 
-from hetmoe.analog.calibration import LayerRanges
-from hetmoe.analog.programming import Matrix, ProgrammedLayer, ProgrammedMatrix
+from hetmoe.analog.programming import ProgrammedMatrix
 from hetmoe.analog.read_noise import ReadNoise
 from hetmoe.analog.spec import AnalogSpec
+from hetmoe.models.matrices import MATRICES, Matrix
 from hetmoe.ops.crossbar_matmul.xla import crossbar_matmul
 
 # (inputs [groups, rows, K], which rows are real, expert of each group) -> statistics per expert
 Observer = Callable[[Array, Array, Array], Any]
 
 
+class Probe:
+    """Collects what an observer makes of the inputs of a layer's matrices, by site; without one it does nothing."""
+
+    def __init__(self, observe: Observer | None) -> None:
+        self._observe, self.seen = observe, dict[str, Any]()
+
+    def grouped(self, site: str, x: Array, real: Array, group: Array) -> None:
+        """Inputs of experts: blocks `[groups, rows, K]`, which rows hold a token, and whose block it is."""
+        if self._observe is not None:
+            self.seen[site] = self._observe(x, real, group)
+
+    def single(self, site: str, x: Array) -> None:
+        """Inputs `[tokens, K]` of a matrix that every token goes through."""
+        self.grouped(site, x[None], jnp.ones((1, x.shape[0]), bool), jnp.zeros((1,), jnp.int32))
+
+
 @struct.dataclass
 class LayerHardware:
     """One layer's slice of plan, programmed weights, ranges and read-noise key (scanned along with the weights)."""
 
-    experts: Bool[Array, "experts"]
-    attention: Bool[Array, ""] | None
-    programmed: ProgrammedLayer
-    ranges: LayerRanges | None  # None = dynamic input ranges
+    experts: Bool[Array, "experts"] | None  # None in a layer without experts
+    dense: dict[str, Bool[Array, ""]]  # by module; a module that is absent is digital by structure
+    programmed: dict[str, ProgrammedMatrix]
+    ranges: dict[str, Array] | None  # by site; None = dynamic input ranges
     read_key: jax.Array | None
     spec: AnalogSpec
 
     def input_range(self, name: str) -> Array | None:
         """DAC ranges of the inputs of a matrix; matrices that share an input share its converter."""
-        return None if self.ranges is None else self.ranges.of(name)
+        return None if self.ranges is None else self.ranges[MATRICES[name].site]
 
     def read(self, name: str, rows: Array) -> tuple[ReadNoise, jax.Array, Array] | None:
         """Read noise for a matrix, or None."""
-        return _read(self.spec, self.read_key, Matrix[name.upper()], rows)
-
-
-def _read(
-    spec: AnalogSpec, key: jax.Array | None, matrix: Matrix, rows: Array
-) -> tuple[ReadNoise, jax.Array, Array] | None:
-    if spec.read_noise is None or key is None:
-        return None
-    return spec.read_noise, jax.random.fold_in(key, matrix), rows
+        if self.spec.read_noise is None or self.read_key is None:
+            return None
+        return self.spec.read_noise, jax.random.fold_in(self.read_key, Matrix[name.upper()]), rows
 
 
 def dense_matmul(x: Array, w: Array, name: str, hardware: LayerHardware | None) -> Array:
-    """`x[tokens, K] @ w[K, N]` of an attention projection, digital or on its crossbar; in the dtype of `x`."""
-    if hardware is None or hardware.attention is None:
+    """`x[tokens, K] @ w[K, N]` of a matrix outside the experts, digital or on its crossbar; in the dtype of `x`."""
+    module = MATRICES[name].module
+    if hardware is None or module not in hardware.dense:
         return jnp.matmul(x, w, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32).astype(x.dtype)
-    programmed = getattr(hardware.programmed, name)
-    rows = jnp.arange(x.shape[0], dtype=jnp.uint32)
-    read = hardware.read(name, rows)
+    read = hardware.read(name, jnp.arange(x.shape[0], dtype=jnp.uint32))
     return crossbar_or_digital(
-        x, w, programmed, hardware.attention, hardware.input_range(name), hardware.spec, read
+        x, w, hardware.programmed[name], hardware.dense[module], hardware.input_range(name), hardware.spec, read
     ).astype(x.dtype)
 
 

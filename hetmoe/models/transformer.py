@@ -4,71 +4,88 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from hetmoe.analog.calibration import Calibration
-from hetmoe.analog.programming import Matrix, ProgrammedWeights
+from hetmoe.analog.programming import ProgrammedWeights
 from hetmoe.analog.spec import AnalogSpec
 from hetmoe.models.analog_arguments import check_analog
-from hetmoe.models.attention import attend, rms_norm
+from hetmoe.models.attention import attention_block, rms_norm
 from hetmoe.models.config import ModelConfig
-from hetmoe.models.hardware import LayerHardware, Observer, crossbar_or_digital, dense_matmul
-from hetmoe.models.moe import Routing, moe_block, route
-from hetmoe.models.params import Layer, Params
+from hetmoe.models.hardware import LayerHardware, Observer, Probe, crossbar_or_digital
+from hetmoe.models.matrices import Matrix
+from hetmoe.models.moe import feed_forward, moe_block
+from hetmoe.models.params import DenseLayer, Layer, Params
+from hetmoe.models.routing import Routing, route
 from hetmoe.placement.plan import Plan
 
 
 def _decoder_layer(
-    x: Array, layer: Layer, config: ModelConfig, hardware: LayerHardware | None, observe: Observer | None
-) -> tuple[Array, Routing, dict[str, Any]]:
-    batch, seq, hidden = x.shape
+    x: Array, layer: Layer | DenseLayer, config: ModelConfig, hardware: LayerHardware | None, probe: Probe
+) -> tuple[Array, Routing | None]:
     eps = config.rms_norm_eps
-
-    def note(inputs: Array) -> Any:
-        assert observe is not None
-        return observe(inputs[None], jnp.ones((1, inputs.shape[0]), bool), jnp.zeros((1,), jnp.int32))
-
     with jax.named_scope("attention"):
-        normed = rms_norm(x, layer.input_norm, eps).reshape(batch * seq, hidden)
-        seen = {} if observe is None else {"attention_in": note(normed)}
-        q = rms_norm(dense_matmul(normed, layer.q, "q", hardware), layer.q_norm, eps)
-        k = rms_norm(dense_matmul(normed, layer.k, "k", hardware), layer.k_norm, eps)
-        v = dense_matmul(normed, layer.v, "v", hardware)
-        if config.clip_qkv is not None:
-            q, k, v = (jnp.clip(t, -config.clip_qkv, config.clip_qkv) for t in (q, k, v))
-        q, k, v = (t.reshape(batch, seq, -1) for t in (q, k, v))
-        mixed = attend(q, k, v, config).reshape(batch * seq, -1)
-        if observe is not None:
-            seen["attention_out"] = note(mixed)
-        x = x + dense_matmul(mixed, layer.o, "o", hardware).reshape(x.shape)
-    with jax.named_scope("moe"):
-        normed = rms_norm(x, layer.moe_norm, eps).reshape(batch * seq, hidden)
-        routing = route(normed, layer.router, config.experts_per_token, config.norm_topk_prob)
-        out, seen_by_experts = moe_block(normed, layer, routing, hardware, observe)
-        x = x + out.reshape(x.shape)
-    return x, routing, seen | seen_by_experts
+        normed = rms_norm(x, layer.input_norm, eps)
+        x = x + attention_block(normed, layer.attention, config, hardware, probe)
+    normed = rms_norm(x, layer.ffn_norm, eps).reshape(-1, x.shape[-1])
+    routing = None
+    if isinstance(layer, Layer):
+        with jax.named_scope("moe"):
+            routing = route(normed, layer.moe, config)
+            out = moe_block(normed, layer.moe, routing, hardware, probe)
+    else:
+        with jax.named_scope("ffn"):
+            out = feed_forward(normed, layer.ffn, "ffn", hardware, probe)
+    return x + out.reshape(x.shape), routing
 
 
-def _layer_hardware(
+def _hardware_of(
+    numbers: tuple[int, ...],
+    stack: dict[str, Any],
+    first_key: int,
+    plan: Plan,
+    spec: AnalogSpec,
+    ranges: dict[str, Array] | None,
+    read_key: jax.Array | None,
+    *,
+    moe: bool,
+) -> LayerHardware:
+    """The analog side of all layers of one kind, every leaf with a leading layer axis."""
+    count = len(numbers)
+    keys = None
+    if read_key is not None:
+        keys = jax.vmap(lambda layer: jax.random.fold_in(read_key, layer))(first_key + jnp.arange(count))
+    dense = {"shared_experts": plan.shared_experts} if moe else {"dense_ffn": plan.dense_ffn}
+    if plan.attention is not None:
+        dense["attention"] = plan.attention[np.asarray(numbers)]
+    return LayerHardware(
+        experts=plan.experts if moe else None,
+        dense={name: flags for name, flags in dense.items() if flags is not None},
+        programmed=stack,
+        ranges=ranges,
+        read_key=keys,
+        spec=jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), spec),
+    )
+
+
+def _hardware(
+    config: ModelConfig,
     plan: Plan,
     spec: AnalogSpec,
     programmed: ProgrammedWeights,
     calibration: Calibration | None,
     read_key: jax.Array | None,
-) -> LayerHardware:
-    """The analog side of all layers, every leaf with a leading layer axis."""
-    layers = plan.experts.shape[0]
-    keys = None
-    if read_key is not None:
-        keys = jax.vmap(lambda layer: jax.random.fold_in(read_key, layer))(jnp.arange(layers))
-    return LayerHardware(
-        experts=plan.experts,
-        attention=plan.attention,
-        programmed=programmed.layers,
-        ranges=None if calibration is None else calibration.layers,
-        read_key=keys,
-        spec=jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (layers, *leaf.shape)), spec),
-    )
+) -> dict[bool, LayerHardware]:
+    """The analog side of the layers with (True) and without (False) experts."""
+    ranges = (None, None) if calibration is None else (calibration.layers, calibration.dense_layers)
+    moe = config.moe_layers
+    found = {True: _hardware_of(moe, programmed.layers, 0, plan, spec, ranges[0], read_key, moe=True)}
+    if config.dense_layers:
+        found[False] = _hardware_of(
+            config.dense_layers, programmed.dense_layers, len(moe) + 1, plan, spec, ranges[1], read_key, moe=False
+        )
+    return found
 
 
 def hidden_states(
@@ -82,23 +99,42 @@ def hidden_states(
     calibration: Calibration | None = None,
     read_key: jax.Array | None = None,
     observe: Observer | None = None,
-) -> tuple[Float[Array, "batch seq hidden"], Routing, dict[str, Any]]:
+) -> tuple[Float[Array, "batch seq hidden"], Routing, tuple[dict[str, Any], dict[str, Any]]]:
     """Final normed hidden states, the routing of every layer, and what `observe` returned at every matrix input.
 
-    Arguments as in `forward`; the last two results have a leading layer axis.
+    Arguments as in `forward`. The routing is that of the layers with experts, on a leading axis; the observations are
+    those of the layers with and without experts, by site, likewise stacked.
     """
     check_analog(config, plan, spec, programmed, calibration, read_key)
-    hardware = None
+    hardware: dict[bool, LayerHardware] = {}
     if plan is not None and spec is not None and programmed is not None:
-        hardware = _layer_hardware(plan, spec, programmed, calibration, read_key)
+        hardware = _hardware(config, plan, spec, programmed, calibration, read_key)
 
-    def step(x: Array, scanned: tuple[Layer, LayerHardware | None]) -> tuple[Array, tuple[Routing, dict[str, Any]]]:
+    def step(x: Array, scanned: tuple[Layer | DenseLayer, LayerHardware | None]) -> tuple[Array, Any]:
         layer, layer_hardware = scanned
-        x, routing, seen = _decoder_layer(x, layer, config, layer_hardware, observe)
-        return x, (routing, seen)
+        probe = Probe(observe)
+        x, routing = _decoder_layer(x, layer, config, layer_hardware, probe)
+        return x, (routing, probe.seen)
 
-    x, (routing, seen) = jax.lax.scan(step, params.embed[tokens], (params.layers, hardware))
-    return rms_norm(x, params.final_norm, config.rms_norm_eps), routing, seen
+    x = params.embed[tokens]
+    results: dict[bool, list[Any]] = {True: [], False: []}
+    for moe, first, end in config.runs:
+        stack = params.layers if moe else params.dense_layers
+        part: Any = (stack, hardware.get(moe))
+        if end - first < len(config.moe_layers if moe else config.dense_layers):
+            # Only models whose kinds of layers alternate; a slice may cost a copy of these layers' weights.
+            part = jax.tree.map(lambda leaf, a=first, b=end: leaf[a:b], part)
+        x, result = jax.lax.scan(step, x, part)
+        results[moe].append(result)
+    (routing, seen), (_, seen_dense) = (_joined(results[kind]) for kind in (True, False))
+    return rms_norm(x, params.final_norm, config.rms_norm_eps), routing, (seen, seen_dense)
+
+
+def _joined(runs: list[Any]) -> Any:
+    """Results of several runs of layers as those of one."""
+    if len(runs) < 2:
+        return runs[0] if runs else (None, {})
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *runs)
 
 
 def head_matrix(params: Params) -> Float[Array, "hidden vocab"]:
@@ -142,6 +178,9 @@ def forward(
     read_key: jax.Array | None = None,
 ) -> Float[Array, "batch seq vocab"]:
     """Logits of every position. Digital when only the first three arguments are given.
+
+    All logits of all positions: for log-likelihoods of long texts or large vocabularies use `choice_log_probs` on
+    `hidden_states`, which holds those of a few hundred tokens at a time.
 
     Args:
         params: weights (`hetmoe.load_model`).

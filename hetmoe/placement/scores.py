@@ -8,35 +8,41 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from hetmoe.errors import InputError
-from hetmoe.models.config import check_tokens
-from hetmoe.models.hf import Model
-from hetmoe.models.moe import Routing
-from hetmoe.models.params import Layer, Params
+from hetmoe.models.config import ModelConfig, check_tokens
+from hetmoe.models.model import Model
+from hetmoe.models.params import MoE, Params
+from hetmoe.models.routing import Routing
 from hetmoe.models.transformer import hidden_states
 
 DownAxis = Literal["hidden", "output"]
 
 
-def max_neuron_norm(layers: Layer, down_axis: DownAxis = "hidden") -> Float[Array, "layers experts"]:
+def max_neuron_norm(moe: MoE, down_axis: DownAxis = "hidden") -> Float[Array, "layers experts"]:
     """MaxNNScore: the product over up, gate and down of the largest l2 norm of a neuron's weights (arXiv 2603.02633).
 
     A neuron of `up` and `gate` is one hidden unit with the weights that feed it. For `down` there are two views:
     `"hidden"` (default, the two-layer view of the theory): a hidden unit with the weights it sends out;
     `"output"` (the linear-layer view): an output with the weights that feed it.
     """
-    if down_axis not in ("hidden", "output"):
-        raise InputError(f"down_axis={down_axis!r} must be 'hidden' or 'output'")
+    check_down_axis(down_axis)
 
     def largest(w: Array, summed_axis: int) -> Array:
         return jnp.max(jnp.linalg.norm(w.astype(jnp.float32), axis=summed_axis), axis=-1)
 
-    down = largest(layers.down, -1 if down_axis == "hidden" else -2)
-    return largest(layers.up, -2) * largest(layers.gate, -2) * down
+    down = largest(moe.experts.down, -1 if down_axis == "hidden" else -2)
+    return largest(moe.experts.up, -2) * largest(moe.experts.gate, -2) * down
 
 
-def router_norm(layers: Layer) -> Float[Array, "layers experts"]:
+def check_down_axis(down_axis: str) -> DownAxis:
+    """The same name; raises InputError for one that is not one of the two views of `down`'s neurons."""
+    if down_axis not in ("hidden", "output"):
+        raise InputError(f"down_axis={down_axis!r} must be 'hidden' or 'output'")
+    return down_axis
+
+
+def router_norm(moe: MoE) -> Float[Array, "layers experts"]:
     """The l2 norm of the router's weight vector of each expert."""
-    return jnp.linalg.norm(layers.router.astype(jnp.float32), axis=-2)
+    return jnp.linalg.norm(moe.router.astype(jnp.float32), axis=-2)
 
 
 def activation_frequency(routing: Routing) -> Float[Array, "layers experts"]:
@@ -82,18 +88,24 @@ def score_experts(
     """
     if rule not in RULES:
         raise InputError(f"unknown rule {rule!r}: use one of {', '.join(RULES)}")
+    moe = model.params.layers.moe
     if rule == "max_neuron_norm":
-        return max_neuron_norm(model.params.layers, down_axis)
+        return max_neuron_norm(moe, down_axis)
     if rule == "router_norm":
-        return router_norm(model.params.layers)
+        return router_norm(moe)
     if rule == "random":
         if key is None:
             raise InputError("rule 'random' needs a key: pass key=jax.random.key(seed)")
-        return jax.random.uniform(key, (model.config.num_layers, model.config.num_experts))
+        return random_scores(key, model.config)
     if tokens is None or tokens.ndim != 2 or tokens.shape[0] < 1:
         raise InputError(f"rule {rule!r} needs tokens [sequences, seq] of sample text")
     check_tokens(tokens, model.config)
     return _mean_over_batches(model, tokens, _FROM_ROUTING[rule])
+
+
+def random_scores(key: jax.Array, config: ModelConfig) -> Float[Array, "layers experts"]:
+    """Uniform scores."""
+    return jax.random.uniform(key, (len(config.moe_layers), config.num_experts))
 
 
 def _mean_over_batches(model: Model, tokens: Array, statistic: Callable[[Routing], Array], batch: int = 16) -> Array:
@@ -101,7 +113,7 @@ def _mean_over_batches(model: Model, tokens: Array, statistic: Callable[[Routing
     def run(params: Params, part: Array) -> Array:
         return statistic(hidden_states(params, part, model.config)[1])
 
-    total = jnp.zeros((model.config.num_layers, model.config.num_experts))
+    total = jnp.zeros((len(model.config.moe_layers), model.config.num_experts))
     for start in range(0, tokens.shape[0], batch):
         part = tokens[start : start + batch]
         total = total + run(model.params, part) * part.shape[0]

@@ -21,8 +21,8 @@ with its plainest code gives the expected values. The two models differ in every
                        (`rope_theta`,          (`rope_parameters`,
                        `torch_dtype`)          `dtype`)
 
-Both: 2 layers, hidden 64, 4 heads, 2 key/value heads, 8 experts of 24 hidden units (with 32 the file would exceed
-`MAX_BYTES`), top-2, vocabulary 128, untied head. Norm weights are not 1, and the padding token's embedding is not 0.
+Both: 2 layers, hidden 64, 4 heads, 2 key/value heads, 8 experts of 24 hidden units (with 32 the file would be too
+large), top-2, vocabulary 128, untied head. Norm weights are not 1, and the padding token's embedding is not 0.
 Tokens are chosen so that in every layer each pair of consecutive router scores, down to the first one not taken,
 differs by more than `MIN_GAP`, in logit and in probability.
 
@@ -44,21 +44,29 @@ differs by more than `MIN_GAP`, in logit and in probability.
 
 import copy
 import dataclasses
-import json
-import pathlib
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import safetensors
-import safetensors.torch  # pyright: ignore[reportMissingImports]
-import torch  # pyright: ignore[reportMissingImports]
 import transformers  # pyright: ignore[reportMissingImports]
 
-FOLDER = pathlib.Path(__file__).parent
-MAX_BYTES = 500_000
-MIN_GAP = 1e-3
-BATCH, LENGTH = 2, 24
+from tests.golden.common import (
+    BATCH,
+    FOLDER,
+    LENGTH,
+    MIN_GAP,
+    be_quiet,
+    check_loaded,
+    check_sizes,
+    float32_errors,
+    load,
+    run,
+    run_expert,
+    versions,
+    write_golden,
+    write_model,
+)
+
 LAYERS, HIDDEN, HEADS, KV_HEADS, EXPERTS, TOP_K, EXPERT_HIDDEN, VOCAB = 2, 64, 4, 2, 8, 2, 24, 128
 EXPERT_LAYER, EXPERT_INDEX = 1, 5
 
@@ -168,60 +176,6 @@ def make_weights(seed: int) -> dict[str, npt.NDArray[np.float32]]:
     return weights | {"model.norm.weight": norm(HIDDEN), "lm_head.weight": matrix(VOCAB, HIDDEN)}
 
 
-def load(folder: pathlib.Path) -> Any:
-    """The directory as transformers loads it, with its plainest attention and expert code."""
-    model, report = transformers.OlmoeForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        attn_implementation="eager",
-        experts_implementation="eager",
-        output_loading_info=True,
-    )
-    assert not any(report.values()), report
-    return model.eval()
-
-
-def check_loaded(model: Any, weights: dict[str, npt.NDArray[np.float32]]) -> None:
-    """Asserts that every tensor arrived where its key says, stacked experts included."""
-    state = {key: value.numpy() for key, value in model.state_dict().items()}
-    for layer in range(LAYERS):
-        prefix = f"model.layers.{layer}.mlp.experts"
-        gate_up, down = state.pop(f"{prefix}.gate_up_proj"), state.pop(f"{prefix}.down_proj")
-        for expert in range(EXPERTS):
-            state[f"{prefix}.{expert}.gate_proj.weight"] = gate_up[expert, :EXPERT_HIDDEN]
-            state[f"{prefix}.{expert}.up_proj.weight"] = gate_up[expert, EXPERT_HIDDEN:]
-            state[f"{prefix}.{expert}.down_proj.weight"] = down[expert]
-    assert state.keys() == weights.keys(), state.keys() ^ weights.keys()
-    assert all(np.array_equal(state[key], value) for key, value in weights.items())
-
-
-def run(model: Any, tokens: npt.NDArray[np.int32]) -> dict[str, npt.NDArray[Any]]:
-    """Logits and everything on the way, caught by hooks."""
-    caught: dict[str, list[Any]] = {"router": [], "hidden": [], "attention": []}
-    layers = model.model.layers
-    hooks = [layer.register_forward_hook(lambda _m, _i, out: caught["hidden"].append(out)) for layer in layers]
-    hooks += [
-        layer.mlp.gate.register_forward_hook(lambda _m, _i, out: caught["router"].append(out)) for layer in layers
-    ]
-    hooks.append(layers[0].self_attn.register_forward_hook(lambda _m, _i, out: caught["attention"].append(out[0])))
-    with torch.no_grad():
-        logits = model(torch.from_numpy(tokens.astype(np.int64)), use_cache=False).logits
-    for hook in hooks:
-        hook.remove()
-
-    def stacked(position: int, last: int) -> npt.NDArray[Any]:
-        return np.stack([out[position].numpy().reshape(*tokens.shape, last) for out in caught["router"]])
-
-    return {
-        "logits": logits.numpy(),
-        "router_logits": stacked(0, EXPERTS),
-        "router_indices": stacked(2, TOP_K).astype(np.int32),
-        "router_weights": stacked(1, TOP_K),
-        "hidden": torch.stack(caught["hidden"]).numpy(),
-        "attention_0": caught["attention"][0].numpy(),
-    }
-
-
 def smallest_gap(router_logits: npt.NDArray[Any]) -> float:
     """Least difference of consecutive scores among the best `TOP_K + 1`, in logit or probability."""
     scores = np.sort(router_logits.astype(np.float64), axis=-1)[..., ::-1]
@@ -240,15 +194,6 @@ def choose_tokens(model: Any) -> tuple[int, npt.NDArray[np.int32]]:
     raise RuntimeError(f"no seed below 1000 keeps every routing gap above {MIN_GAP}")
 
 
-def run_expert(model: Any, inputs: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
-    """One expert's output for every row of `inputs`, with routing weight 1."""
-    experts = model.model.layers[EXPERT_LAYER].mlp.experts
-    rows = torch.from_numpy(inputs).to(experts.down_proj.dtype)
-    with torch.no_grad():
-        chosen = torch.full((len(rows), 1), EXPERT_INDEX)
-        return experts(rows, chosen, torch.ones(len(rows), 1, dtype=rows.dtype)).numpy()
-
-
 def clipped_share(model: Any, tokens: npt.NDArray[np.int32], limit: float) -> float:
     """Share of the first layer's queries, keys and values that lie beyond the clipping limit."""
     attention = model.model.layers[0].self_attn
@@ -264,11 +209,8 @@ def clipped_share(model: Any, tokens: npt.NDArray[np.int32], limit: float) -> fl
 def make(variant: Variant) -> None:
     """Writes one directory, checks it and prints a line."""
     folder = FOLDER / variant.name
-    folder.mkdir(exist_ok=True)
     weights = make_weights(variant.seed)
-    (folder / "config.json").write_text(json.dumps(make_config(variant), indent=2, sort_keys=True) + "\n")
-    tensors = {key: torch.from_numpy(value) for key, value in weights.items()}
-    safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_model(folder, make_config(variant), weights)
 
     model = load(folder)
     check_loaded(model, weights)
@@ -279,24 +221,19 @@ def make(variant: Variant) -> None:
     token_seed, tokens = choose_tokens(model)
     golden = run(model, tokens)
     expert_input = np.random.default_rng(variant.seed + 100).standard_normal((5, HIDDEN)).astype(np.float32)
-    golden |= {"expert_output": run_expert(model, expert_input)}
-    assert all(value.dtype == (np.int32 if key == "router_indices" else np.float32) for key, value in golden.items())
+    golden |= {"expert_output": run_expert(model, EXPERT_LAYER, EXPERT_INDEX, expert_input)}
 
     in_float64 = copy.deepcopy(model).double()
-    exact = run(in_float64, tokens) | {"expert_output": run_expert(in_float64, expert_input)}
-    assert np.array_equal(exact["router_indices"], golden["router_indices"])
-    errors = {key: float(np.max(np.abs(exact[key] - golden[key]))) for key in golden if key != "router_indices"}
+    exact = run(in_float64, tokens) | {
+        "expert_output": run_expert(in_float64, EXPERT_LAYER, EXPERT_INDEX, expert_input)
+    }
+    errors = float32_errors(golden, exact)
     report = ""
     if variant.clip_qkv is not None:
         report = f", clipped {clipped_share(model, tokens, variant.clip_qkv):.0%}"
 
     metadata = {
-        "versions": {
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-            "safetensors": safetensors.__version__,
-            "numpy": np.__version__,
-        },
+        "versions": versions(),
         "weight_seed": variant.seed,
         "token_seed": token_seed,
         "expert_layer": EXPERT_LAYER,
@@ -304,16 +241,8 @@ def make(variant: Variant) -> None:
         "min_gap": smallest_gap(golden["router_logits"]),
         "float32_error": errors,
     }
-    np.savez_compressed(
-        folder / "golden.npz",
-        allow_pickle=False,
-        metadata=np.array(json.dumps(metadata)),
-        tokens=tokens,
-        expert_input=expert_input,
-        **golden,
-    )
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    assert max(sizes.values()) < MAX_BYTES, sizes
+    write_golden(folder, metadata, {"tokens": tokens, "expert_input": expert_input} | golden)
+    sizes = check_sizes(folder)
     largest = {key: float(np.abs(golden[key]).max()) for key in errors}
     used = [len(np.unique(indices)) for indices in golden["router_indices"]]
     print(
@@ -324,9 +253,7 @@ def make(variant: Variant) -> None:
 
 def main() -> None:
     """Makes both directories."""
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    be_quiet()
     for variant in VARIANTS:
         make(variant)
 

@@ -1,0 +1,48 @@
+"""Models by their name on the Hugging Face hub, through its own client and cache."""
+
+import re
+from pathlib import Path
+
+from hetmoe.errors import InputError
+
+# What a model needs; pickled weights and other frameworks' files are never fetched.
+_FILES = ["config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer.json"]
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+
+
+def looks_like_hub_id(name: str) -> bool:
+    """Whether a string has the form `owner/name` or `owner/name@revision`."""
+    return _ID.fullmatch(name) is not None and ".." not in name
+
+
+def download(hub_id: str) -> Path:
+    """The local snapshot of a model on the hub, downloaded where the cache lacks it.
+
+    Raises:
+        InputError: if the hub cannot be reached and the cache lacks the model, or if there is no such model, or no
+            access to it; the message says what to do.
+    """
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 (slow to import, and most models are local)
+    from huggingface_hub.errors import (  # noqa: PLC0415
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    name, _, revision = hub_id.partition("@")
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=_FILES))
+    except GatedRepoError:
+        reason = f"needs permission: ask for it on https://huggingface.co/{name}, then run 'hf auth login'"
+    except RevisionNotFoundError:
+        reason = f"has no revision {revision!r}"
+    except RepositoryNotFoundError:
+        reason = "there is no such model on the hub, or it is private: check the name, or run 'hf auth login'"
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = (
+            "is not in the local cache and the hub cannot be reached; on a machine with access run "
+            f"'hf download {name} --local-dir DIR' and give DIR here ({type(error).__name__})"
+        )
+    raise InputError(f"model {hub_id!r}: {reason}")

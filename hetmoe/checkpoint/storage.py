@@ -1,0 +1,48 @@
+"""What `config.json` says about how weights are stored, apart from the architecture."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from hetmoe.errors import InputError
+from hetmoe.models.hf_fields import Fields
+
+FLOATS = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Storage:
+    """`dtype` that the weights are meant to have, block shape of FP8 scales, number of extra prediction layers."""
+
+    dtype: str | None
+    fp8_block: tuple[int, int] | None
+    extra_layers: int
+
+
+def storage_from_hf(config: Mapping[str, Any], *, source: str) -> Storage:
+    """Reads `dtype` (or `torch_dtype`), `quantization_config` and the count of multi-token-prediction layers.
+
+    Raises:
+        InputError: for a quantisation other than block-wise FP8, or malformed fields.
+    """
+    fields = Fields(config, source)
+    dtype = fields.get(str, "dtype", "torch_dtype", default=None)
+    dtype = None if dtype is None else dtype.removeprefix("torch.")
+    extra = fields.get(int, "num_nextn_predict_layers", "num_mtp_layers", default=0)
+    if extra < 0:
+        raise InputError(f"{source}: num_nextn_predict_layers={extra} must be at least 0")
+    quantization = fields.get(dict, "quantization_config", default=None)
+    block = None if quantization is None else _fp8_block(quantization, source)
+    return Storage(dtype=dtype if dtype in FLOATS else None, fp8_block=block, extra_layers=extra)
+
+
+def _fp8_block(quantization: dict[str, Any], source: str) -> tuple[int, int]:
+    fields = Fields(quantization, f"{source}: quantization_config")
+    fields.only("quant_method", "fp8")
+    fields.only("fmt", "e4m3")
+    if fields.get(str, "quant_method", default=None) is None:
+        raise InputError(f"{source}: quantization_config without quant_method is not supported (supported: 'fp8')")
+    block = fields.get(list, "weight_block_size")
+    if len(block) != 2 or any(type(b) is not int or b < 1 for b in block):
+        raise InputError(f"{source}: weight_block_size={block} must be two whole numbers of at least 1")
+    return block[0], block[1]

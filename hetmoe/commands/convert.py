@@ -1,0 +1,24 @@
+"""`hetmoe convert`: between the Hugging Face layout and Orbax checkpoints."""
+
+from pathlib import Path
+
+from hetmoe.checkpoint import orbax_directory
+from hetmoe.checkpoint.load import load_model
+from hetmoe.checkpoint.save import save_model
+from hetmoe.commands.common import make_console
+from hetmoe.errors import InputError
+
+TARGETS = ("orbax", "safetensors")
+
+
+def run(model_source: str, output: Path, target: str, dtype: str | None) -> None:
+    """Loads a model and writes it in the other layout."""
+    if target not in TARGETS:
+        raise InputError(f"--to {target!r} is unknown: use {' or '.join(TARGETS)}")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output}: exists; choose another output or remove it first")
+    model = load_model(model_source, dtype)
+    write = orbax_directory.write if target == "orbax" else save_model
+    write(output, model)
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    make_console().print(f"{model.name} as {target}: {output} ({size / 1e6:,.1f} MB, {model.params.embed.dtype})")

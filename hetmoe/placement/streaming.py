@@ -1,0 +1,95 @@
+"""Scores straight from a checkpoint's files, one matrix in memory at a time: no model is built."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hetmoe.checkpoint.load import Checkpoint, parse_dtype
+from hetmoe.checkpoint.pieces import match
+from hetmoe.checkpoint.read import load_leaf, stored_matrices, target_dtype
+from hetmoe.errors import InputError
+from hetmoe.models.abstract import Leaf, abstract_params, is_leaf
+from hetmoe.models.model import fingerprint
+from hetmoe.models.params import MoE
+from hetmoe.placement.scores import DownAxis, check_down_axis, random_scores, router_norm
+
+STREAMED = ("max_neuron_norm", "router_norm", "random")  # rules that need no forward pass
+
+
+@jax.jit(static_argnames=("axis", "dtype"))
+def _largest_norm(matrix: jax.Array, axis: int, dtype: Any) -> jax.Array:
+    return jnp.sqrt(jnp.max(jnp.sum(jnp.square(matrix.astype(dtype).astype(jnp.float32)), axis=axis)))
+
+
+def stream_scores(
+    checkpoint: Checkpoint,
+    rule: str,
+    *,
+    key: jax.Array | None = None,
+    down_axis: DownAxis = "hidden",
+    dtype: Any = None,
+) -> tuple[np.ndarray, str]:
+    """(scores `[moe_layers, experts]` as of `score_experts`, fingerprint of the model).
+
+    Memory holds one matrix and the routers, whatever the size of the checkpoint; its pages are given back as they are
+    read. `dtype` is what the weights are rounded to first, None = as `load_model` would load them.
+
+    Raises:
+        InputError: for a rule that needs a forward pass, a missing key, or a checkpoint that does not fit its config.
+    """
+    if rule not in STREAMED:
+        raise InputError(f"rule {rule!r} needs text to run through the model; without one use {', '.join(STREAMED)}")
+    check_down_axis(down_axis)
+    if rule == "random" and key is None:
+        raise InputError("rule 'random' needs a key: pass key=jax.random.key(seed)")
+    source = _Source(checkpoint, dtype)
+    router = source.router()
+    identity = fingerprint(checkpoint.config, router)
+    experts = source.moe.experts
+    if key is not None:
+        return np.asarray(random_scores(key, checkpoint.config)), identity
+    if rule == "router_norm":
+        return np.asarray(router_norm(MoE(router=jnp.asarray(router), experts=experts))), identity
+    # Stored matrices are [output, input]: an output's weights are a row, an input's a column.
+    scores = source.norms(experts.up, 1) * source.norms(experts.gate, 1)
+    return scores * source.norms(experts.down, 0 if down_axis == "hidden" else 1), identity
+
+
+def stored_identity(checkpoint: Checkpoint, dtype: Any = None) -> tuple[str, np.dtype]:
+    """(fingerprint, dtype of the parameters) of a checkpoint, from its headers and routers.
+
+    Raises:
+        InputError: for a checkpoint that does not fit its config.
+    """
+    source = _Source(checkpoint, dtype)
+    return fingerprint(checkpoint.config, source.router()), source.dtype
+
+
+class _Source:
+    """The leaves of a checkpoint that scores are made of, matched with its files."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: Any) -> None:
+        tree = abstract_params(checkpoint.config)
+        leaves: list[Leaf] = jax.tree.leaves(tree, is_leaf=is_leaf)
+        self.files, self.storage = checkpoint.files, checkpoint.storage
+        matched = match(leaves, checkpoint.config, self.files, self.storage)
+        self.pieces = dict(zip(leaves, matched, strict=True))
+        self.dtype = target_dtype(self.files, self.pieces, self.storage, parse_dtype(dtype))
+        self.moe = tree.layers.moe
+
+    def router(self) -> np.ndarray:
+        """All routers, `[moe_layers, hidden, experts]`."""
+        leaf = self.moe.router
+        return load_leaf(self.files, self.storage, leaf, self.pieces[leaf], self.dtype)
+
+    def norms(self, leaf: Leaf, axis: int) -> np.ndarray:
+        """The largest norm of a neuron of every expert, `[moe_layers, experts]`."""
+        found = np.empty(leaf.shape[:2], np.float32)
+        for piece in self.pieces[leaf]:
+            for number, matrix in stored_matrices(self.files, self.storage, piece, self.dtype):
+                index = piece.index if number is None else (*piece.index, number)
+                found[index] = _largest_norm(matrix, axis, self.dtype)
+            self.files.release(piece.key)
+        return found
