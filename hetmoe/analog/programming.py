@@ -11,6 +11,7 @@ from hetmoe.analog.spec import AnalogSpec
 from hetmoe.analog.tiles import block_max
 from hetmoe.models.matrices import Matrix, crossbar_matrices
 from hetmoe.models.params import DenseLayer, Layer, Params
+from hetmoe.ops.narrow import take
 
 
 @struct.dataclass
@@ -95,7 +96,7 @@ def program(key: jax.Array, params: Params, spec: AnalogSpec, *, dense: bool) ->
             return {}
 
         def one_layer(index: Array) -> dict[str, ProgrammedMatrix]:  # the draws of all would be as large again
-            return {name: one(name, w[index], first + index) for name, w in targets.items()}
+            return {name: one(name, take(w, index), first + index) for name, w in targets.items()}
 
         return jax.lax.map(one_layer, jnp.arange(layers.input_norm.shape[0]))
 

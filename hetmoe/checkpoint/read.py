@@ -156,7 +156,7 @@ def stored_matrices(
 
 
 def copy_transposed(target: np.ndarray, source: np.ndarray) -> None:
-    """`target[...] = source.T`; JAX's transfer to the host's own device turns matrices faster than numpy (2 to 5 times)."""
+    """`target[...] = source.T`; JAX's transfer to the host's own device turns it 2 to 5 times faster than numpy."""
     try:
         cpu = jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX was told to leave the CPU out

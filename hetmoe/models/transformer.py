@@ -18,6 +18,7 @@ from hetmoe.models.matrices import Matrix
 from hetmoe.models.moe import feed_forward, moe_block
 from hetmoe.models.params import DenseLayer, Layer, Params
 from hetmoe.models.routing import Routing, route
+from hetmoe.ops import narrow
 from hetmoe.placement.plan import Plan
 
 
@@ -124,7 +125,7 @@ def hidden_states(
         if end - first < len(config.moe_layers if moe else config.dense_layers):
             # Only models whose kinds of layers alternate; a slice may cost a copy of these layers' weights.
             part = jax.tree.map(lambda leaf, a=first, b=end: leaf[a:b], part)
-        x, result = jax.lax.scan(step, x, part)
+        x, result = narrow.scan(step, x, part)
         results[moe].append(result)
     (routing, seen), (_, seen_dense) = (_joined(results[kind]) for kind in (True, False))
     return rms_norm(x, params.final_norm, config.rms_norm_eps), routing, (seen, seen_dense)

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from hetmoe.ops.narrow import take
+
 
 @jax.custom_vjp
 def grouped_matmul(x: Array, w: Array, block_expert: Array) -> Array:
@@ -15,7 +17,7 @@ def grouped_matmul(x: Array, w: Array, block_expert: Array) -> Array:
     def one(block: tuple[Array, Array]) -> Array:
         rows, expert = block
         # HIGHEST: float32 operands are otherwise cut to TF32 or bfloat16 on GPU and TPU.
-        weights = w[expert].astype(rows.dtype)
+        weights = take(w, expert).astype(rows.dtype)
         return jnp.matmul(rows, weights, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
     return jax.lax.map(one, (x, block_expert))
