@@ -5,7 +5,8 @@
 Nothing is loaded or run: the programs are compiled for shapes. Printed are the sizes of the arguments (parameters and
 tokens), of the results, and of the temporary memory that XLA plans, for log-likelihoods by chunks
 (`choice_log_probs`), for all logits (`forward`), and for an analog pass with all experts programmed. Figures depend on
-the backend: XLA on CPU widens bfloat16 operands of matmuls to float32, slice by slice (`hetmoe/ops/narrow.py`). Cost: 1 minute on two CPU cores.
+the backend: XLA on CPU widens bfloat16 operands to float32, slice by slice (`hetmoe/ops/narrow.py`). Cost: half a
+minute on two CPU cores.
 """
 
 from typing import Annotated, Any

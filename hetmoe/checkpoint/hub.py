@@ -5,8 +5,8 @@ from pathlib import Path
 
 from hetmoe.errors import InputError
 
-# What a model needs; pickled weights and other frameworks' files are never fetched.
-_FILES = ["config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer.json"]
+# What a model needs; pickled weights and second copies in other layouts are never fetched.
+_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json"]
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 

@@ -41,7 +41,7 @@ def calibrate(
     """Input ranges of every matrix from one digital pass over `tokens`, `batch` sequences at a time.
 
     Raises:
-        InputError: for no sequences or a batch below 1.
+        InputError: for no sequences, a batch below 1, or inputs that are NaN or infinite.
     """
     if tokens.ndim != 2 or tokens.shape[0] < 1 or batch < 1:
         raise InputError(f"calibration needs tokens [sequences, seq] and batch >= 1, got {list(tokens.shape)}, {batch}")
@@ -76,4 +76,8 @@ def calibrate(
 
 
 def _array(values: np.ndarray) -> Array:
+    if not np.isfinite(values).all():
+        raise InputError(
+            "calibration: inputs of some matrices are NaN or infinite: the weights are, or activations overflow"
+        )
     return jnp.asarray(values, jnp.float32)

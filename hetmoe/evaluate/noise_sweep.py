@@ -68,6 +68,11 @@ def random_placement(name: str, model: Model, fraction: float, keys: jax.Array) 
 def _point(name: str, scale: float, totals: Totals, size: TextSize, *, deterministic: bool) -> Point:
     nll = np.atleast_1d(np.asarray(totals.nll, np.float64))
     correct = np.atleast_1d(np.asarray(totals.correct, np.float64))
+    if not np.isfinite(nll).all():
+        raise InputError(
+            f"{name!r} at noise scale {scale:g}: the log-likelihood of the text is {nll[~np.isfinite(nll)][0]}; "
+            "weights or activations are NaN or overflow, in 16 bits perhaps for lack of range"
+        )
     return Point(
         placement=name,
         noise_scale=scale,
@@ -115,7 +120,8 @@ def noise_sweep(
         progress: called with the number of finished (placement, scale, seed) evaluations, after each compiled call.
 
     Raises:
-        InputError: for placements of another model, or a placement with neither one plan nor one per seed.
+        InputError: for placements of another model, a placement with neither one plan nor one per seed, or a
+            log-likelihood that is not a number.
     """
     for placement in placements:
         if len(placement.plans) not in {1, len(keys)}:
