@@ -156,6 +156,9 @@ def run(request: EvalRequest) -> None:
         ("bits_per_byte", "Bits per byte", 1.0),
         ("accuracy", "Next-word accuracy, % of questions with 4 answers", 100.0),
     ):
+        if getattr(digital, metric) is None:
+            console.print("no next-word accuracy: the text has too few different words that are one token")
+            continue
         for table in _tables(title, metric, factor, digital, points, console):
             console.print(table)
     console.print(f"mean ± standard error over {request.seeds} seeds; done in {seconds:.0f} s")

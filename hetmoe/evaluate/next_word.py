@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hetmoe.errors import InputError
 from hetmoe.evaluate.text import Windows
 
 CHOICES = 4
@@ -25,26 +24,21 @@ def word_questions(windows: Windows, sources: Sequence[Windows], seed: int) -> t
 
     Returns:
         (choices int32 `[windows, seq, 4]`, the true next token first; asked bool `[windows, seq]`). Where nothing is
-        asked, all choices are the true next token.
-
-    Raises:
-        InputError: if the text has too few different one-token words to make questions.
+        asked, all choices are the true next token; nothing is asked of text with too few different one-token words.
     """
     targets = windows.tokens[:, 1:]
     spoken = np.concatenate([s.tokens[:, 1:][s.whole_word] for s in sources])
     words, counts = np.unique(spoken, return_counts=True)
+    choices = np.repeat(targets[..., None], CHOICES, axis=-1).astype(np.int32)
     if len(words) <= NEIGHBOURS:
-        raise InputError(
-            f"next-word questions need more than {NEIGHBOURS} different one-token words; the text has {len(words)}"
-        )
+        return choices, np.zeros_like(windows.whole_word)
     order = np.argsort(-counts, kind="stable")
     words = words[order]
     rank = {int(word): position for position, word in enumerate(words)}
     rng = np.random.default_rng(seed)
-    choices = np.repeat(targets[..., None], CHOICES, axis=-1)
     for place in zip(*np.nonzero(windows.whole_word), strict=True):
         own = rank[int(targets[place])]
         first = min(max(own - NEIGHBOURS // 2, 0), len(words) - NEIGHBOURS - 1)
         near = [i for i in range(first, first + NEIGHBOURS + 1) if i != own]
         choices[place][1:] = words[rng.choice(near, CHOICES - 1, replace=False)]
-    return choices.astype(np.int32), windows.whole_word.copy()
+    return choices, windows.whole_word.copy()

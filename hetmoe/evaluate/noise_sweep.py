@@ -40,14 +40,17 @@ class TextSize:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Point:
-    """One placement at one noise scale. Lists hold one value per seed; `deterministic` points have one."""
+    """One placement at one noise scale. Lists hold one value per seed; `deterministic` points have one.
+
+    `accuracy` is None where the text gave no questions.
+    """
 
     placement: str
     noise_scale: float
     deterministic: bool
     perplexity: list[float]
     bits_per_byte: list[float]
-    accuracy: list[float]
+    accuracy: list[float] | None
 
     def mean(self, metric: str) -> float:
         """Mean over seeds."""
@@ -79,7 +82,7 @@ def _point(name: str, scale: float, totals: Totals, size: TextSize, *, determini
         deterministic=deterministic,
         perplexity=np.exp(np.minimum(nll / size.tokens, _LARGEST_LOG)).tolist(),
         bits_per_byte=(nll / math.log(2) / size.bytes).tolist(),
-        accuracy=(correct / size.questions).tolist(),
+        accuracy=(correct / size.questions).tolist() if size.questions else None,
     )
 
 

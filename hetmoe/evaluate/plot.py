@@ -27,9 +27,10 @@ def _at_five_times_the_perplexity(digital: Point, metric: str) -> float:
 def plot_sweep(digital: Point, points: Sequence[Point], title: str) -> bytes:
     """PNG of the sweep: one panel per metric, one line per placement, the digital model as a grey line."""
     figure = matplotlib.figure.Figure(figsize=(13.5, 4.6), layout="constrained")
-    panels = figure.subplots(1, len(_METRICS))
+    metrics = [m for m in _METRICS if getattr(digital, m[0]) is not None]
+    panels = figure.subplots(1, len(metrics))
     names = list(dict.fromkeys(p.placement for p in points))
-    for panel, (metric, label, factor) in zip(panels, _METRICS, strict=True):
+    for panel, (metric, label, factor) in zip(panels, metrics, strict=True):
         panel.axhline(digital.mean(metric) * factor, color="0.45", lw=1.4, ls="-", label="all digital")
         for index, name in enumerate(names):
             line = sorted((p for p in points if p.placement == name), key=lambda p: p.noise_scale)
