@@ -11,7 +11,7 @@ from PIL import Image
 
 import hetmoe
 from hetmoe import cli
-from hetmoe.models.hf import model_directory
+from hetmoe.checkpoint.load import model_directory
 
 Run = Callable[..., tuple[int, str, str]]
 SMALL = ("--tokens", "512", "--seq", "64", "--seeds", "2", "--batch", "4")
@@ -32,7 +32,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return call
 
 
-@pytest.mark.parametrize("command", ["eval", "place", "info"])
+@pytest.mark.parametrize("command", ["eval", "place", "info", "convert"])
 def test_help_shows_an_example(run: Run, command: str) -> None:
     code, out, _ = run(command, "--help")
     assert code == 0 and f"Example: hetmoe {command}" in out
@@ -136,7 +136,7 @@ BAD_EVAL = [
     (("--down-axis", "rows"), "must be 'hidden' or 'output'"),
     (("--dtype", "int8"), "dtype 'int8' is unknown"),
     (("--text", "absent.txt"), "absent.txt: cannot be read"),
-    (("--plan", "absent.json"), "absent.json: not readable"),
+    (("--plan", "absent.json"), "plan absent.json: no such file"),
 ]
 
 

@@ -15,7 +15,7 @@ from hetmoe.checkpoint.hub import download, looks_like_hub_id
 from hetmoe.checkpoint.placement import param_shardings
 from hetmoe.checkpoint.read import read_params
 from hetmoe.checkpoint.storage import FLOATS, Storage, storage_from_hf
-from hetmoe.checkpoint.weight_files import WeightFiles, open_weights
+from hetmoe.checkpoint.weight_files import WeightFiles, inside, open_weights
 from hetmoe.errors import InputError
 from hetmoe.models.config import ModelConfig
 from hetmoe.models.hf_config import config_from_hf
@@ -78,7 +78,9 @@ def open_checkpoint(name_or_dir: str | Path) -> Checkpoint:
     if orbax_directory.is_one(directory):
         raise InputError(f"{directory}: is an Orbax checkpoint; this needs safetensors: hetmoe convert it back first")
     path = directory / "config.json"
-    content = read_json(path)
+    if not path.exists() and not path.is_symlink():
+        raise InputError(f"{path}: no such file; a model directory holds config.json and model*.safetensors")
+    content = read_json(inside(directory, path))
     config = config_from_hf(content, source=str(path))
     fields = Fields(content, str(path))
     return Checkpoint(
@@ -150,10 +152,11 @@ def load_tokenizer(path: Path, config: ModelConfig) -> Tokenizer | None:
     """The tokenizer of a model directory, None if there is no file.
 
     Raises:
-        InputError: if it is malformed, or has tokens that the model lacks.
+        InputError: if it is malformed, leads out of its directory, or has tokens that the model lacks.
     """
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         return None
+    inside(path.parent, path)
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # noqa: BLE001 (the library raises bare Exception)

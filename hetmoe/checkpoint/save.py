@@ -44,7 +44,8 @@ def save_model(directory: Path, model: Model, *, shard_bytes: int = SHARD_BYTES)
             path.chmod(0o644)
             shards.append((path, list(tensors)))
             total += sum(t.nbytes for t in tensors.values())
-        for old in [directory / SINGLE, directory / INDEX, *directory.glob("model-*-of-*.safetensors")]:
+        # The index first: alone it would make an older sharded model visible again.
+        for old in [directory / INDEX, directory / SINGLE, *directory.glob("model-*-of-*.safetensors")]:
             old.unlink(missing_ok=True)
         write_text(directory / "config.json", json.dumps(hub_config(model), indent=2) + "\n")
         if model.tokenizer is not None:

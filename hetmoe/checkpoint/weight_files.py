@@ -51,7 +51,7 @@ def open_weights(directory: Path) -> WeightFiles:
     """
     single, index = directory / SINGLE, directory / INDEX
     if single.exists() or single.is_symlink():
-        return WeightFiles(directory, read_header(_inside(directory, single)))
+        return WeightFiles(directory, read_header(inside(directory, single)))
     if index.exists():
         return WeightFiles(directory, _sharded(directory, index))
     pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
@@ -63,8 +63,12 @@ def open_weights(directory: Path) -> WeightFiles:
     raise InputError(f"{single}: no such file, and no {INDEX} either; weights are read from safetensors only")
 
 
-def _inside(directory: Path, path: Path) -> Path:
-    """The path itself, once it is certain that its target lies in the directory (or its hub cache's blobs)."""
+def inside(directory: Path, path: Path) -> Path:
+    """The path itself, once it is certain that its target is a file in the directory (or its hub cache's blobs).
+
+    Raises:
+        InputError: if it is not.
+    """
     try:
         target, root = path.resolve(strict=True), directory.resolve(strict=True)
     except (OSError, RuntimeError) as error:
@@ -79,7 +83,7 @@ def _inside(directory: Path, path: Path) -> Path:
 
 
 def _sharded(directory: Path, index: Path) -> dict[str, StoredTensor]:
-    content = read_json(_inside(directory, index))
+    content = read_json(inside(directory, index))
     table = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(table, dict) or not table:
         raise InputError(f"{index}: weight_map must be an object of tensor names to file names")
@@ -91,7 +95,7 @@ def _sharded(directory: Path, index: Path) -> dict[str, StoredTensor]:
         path = directory / name
         if not path.exists() and not path.is_symlink():
             raise InputError(f"{path}: no such file, but {INDEX} names it")
-        for key, tensor in read_header(_inside(directory, path)).items():
+        for key, tensor in read_header(inside(directory, path)).items():
             if key in tensors:
                 raise InputError(f"{path}: {key} is also in {tensors[key].path.name}; a tensor must be in one file")
             if table.get(key) != name:

@@ -243,12 +243,14 @@ def config_from_hf(config: Mapping[str, Any], *, source: str = "config.json") ->
     reader = _READERS.get(family) if isinstance(family, str) else None
     if reader is None:
         raise InputError(f"{source}: model_type {family!r} is not supported (supported: {', '.join(_READERS)})")
-    values = reader(fields)
-    fields.refuse_unread()
     try:
+        values = reader(fields)
+        fields.refuse_unread()
         return ModelConfig(family=family, **values)  # pyright: ignore[reportArgumentType]
     except InputError as error:
-        raise InputError(f"{source}: {error}") from None
+        if str(error).startswith(source):
+            raise
+        raise InputError(f"{source}: {error}") from None  # of a config class, which knows no file
 
 
 def config_from_file(path: Path) -> ModelConfig:
@@ -349,9 +351,9 @@ def _deepseek_to_hf(config: ModelConfig) -> dict[str, Any]:
     result: dict[str, Any] = {
         "attention_bias": config.qkv_bias,
         "first_k_dense_replace": first,
-        "moe_layer_freq": steps.pop() if steps else 1,
+        "moe_layer_freq": steps.pop() if steps else max(first, 1),
         "n_routed_experts": config.num_experts,
-        "n_shared_experts": None if shared is None else shared // config.expert_intermediate_size,
+        "n_shared_experts": None if shared is None else max(shared // config.expert_intermediate_size, 1),
     }
     if config.family == "deepseek" or config.latent is None:
         return result | {"scoring_func": "softmax"}

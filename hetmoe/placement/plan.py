@@ -74,7 +74,7 @@ def place(scores: Float[Array, "layers experts"] | np.ndarray, fraction: float) 
     """Keeps the highest-scoring experts of each layer digital (ties to the lower index), the rest analog.
 
     Raises:
-        InputError: for a fraction outside [0, 1], or a score that is not a number.
+        InputError: for a fraction outside [0, 1], or a score that is not finite.
     """
     values = np.asarray(scores, np.float64)
     if values.ndim != 2:

@@ -1,5 +1,6 @@
 """Input ranges from what really reaches a matrix."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,8 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetmoe.analog.calibration import LayerRanges, Moments, RangeMethod, merge_ranges, observe_inputs
+from hetmoe.analog.calibration import Moments, RangeMethod, merge_ranges, observe_inputs
+from hetmoe.analog.spec import analog_spec
 from hetmoe.errors import InputError
+from hetmoe.models.hardware import LayerHardware
+from hetmoe.models.matrices import MATRICES
+from tests.models.analog_tiny import SITE_OF
 
 GROUPS, BLOCKS, SLOTS, ROWS, TILE_ROWS = 4, 6, 5, 10, 4
 TILES = [slice(0, 4), slice(4, 7), slice(7, 10)]
@@ -155,10 +160,13 @@ def test_quantile_within_the_resolution_of_the_histogram(seed: int, exponent: in
 
 
 def test_matrices_that_share_an_input_share_its_range() -> None:
-    names = ("experts_in", "experts_mid", "attention_in", "attention_out")
-    ranges = LayerRanges(**{name: jnp.full((1,), float(index)) for index, name in enumerate(names)})
-    wanted = {"gate": 0, "up": 0, "down": 1, "q": 2, "k": 2, "v": 2, "o": 3}
-    assert {name: int(ranges.of(name)[0]) for name in wanted} == wanted
+    sites = sorted(set(SITE_OF.values()))
+    ranges = {site: jnp.full((1,), float(index)) for index, site in enumerate(sites)}
+    hardware = LayerHardware(
+        experts=None, dense={}, programmed={}, ranges=ranges, read_key=None, spec=analog_spec(tile_rows=TILE_ROWS)
+    )
+    assert {name: sites[int(hardware.input_range(name)[0])] for name in MATRICES} == SITE_OF
+    assert dataclasses.replace(hardware, ranges=None).input_range("q") is None
 
 
 @pytest.mark.parametrize(

@@ -13,16 +13,19 @@ import pytest
 
 from hetmoe.analog.devices import PCM, Device, Draw, GroupRange, Programmed, Stream
 from hetmoe.analog.devices.base import Scalar, ScaleGroup
-from hetmoe.analog.programming import Matrix, ProgrammedWeights, program, program_matrix
+from hetmoe.analog.programming import ProgrammedWeights, program, program_matrix
 from hetmoe.analog.read_noise import make_read_noise
 from hetmoe.analog.spec import AnalogSpec, analog_spec
-from hetmoe.models.config import ModelConfig
-from hetmoe.models.params import Leaf, Params, abstract_params, is_leaf
+from hetmoe.models.abstract import Leaf, abstract_params, is_leaf
+from hetmoe.models.config import ModelConfig, Rope
+from hetmoe.models.matrices import Matrix
+from hetmoe.models.params import Params
+from tests.models.analog_tiny import matrices_of
 
 CONFIG = ModelConfig(
-    vocab_size=14, hidden_size=12, expert_intermediate_size=10, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4,
-    num_experts=4, experts_per_token=2, norm_topk_prob=False, clip_qkv=None, rms_norm_eps=1e-5, rope_theta=1e4,
-    max_position_embeddings=32, tie_embeddings=False,
+    family="olmoe", vocab_size=14, hidden_size=12, expert_intermediate_size=10, num_layers=2, num_heads=2,
+    num_kv_heads=1, head_dim=4, qk_norm="width", num_experts=4, experts_per_token=2, norm_topk_prob=False,
+    clip_qkv=None, rms_norm_eps=1e-5, rope=Rope(theta=1e4), max_position_embeddings=32, tie_embeddings=False,
 )  # fmt: skip
 EXPERT_MATRICES = ("gate", "up", "down")
 DENSE_MATRICES = ("q", "k", "v", "o")
@@ -99,6 +102,8 @@ def normals(seed: int, path: tuple[int, ...], shape: tuple[int, ...]) -> np.ndar
 
 def test_the_numbers_that_seeds_depend_on_never_change() -> None:
     wanted = {"GATE": 0, "UP": 1, "DOWN": 2, "Q": 3, "K": 4, "V": 5, "O": 6, "LM_HEAD": 7}
+    later = ("SHARED_GATE", "SHARED_UP", "SHARED_DOWN", "FFN_GATE", "FFN_UP", "FFN_DOWN", "Q_A", "Q_B", "KV_A", "KV_B")
+    wanted |= {name: number for number, name in enumerate(later, 8)}
     assert {matrix.name: matrix.value for matrix in Matrix} == wanted
     streams = ("PROGRAM_PLUS", "PROGRAM_MINUS", "DRIFT_PLUS", "DRIFT_MINUS", "READ_PLUS", "READ_MINUS")
     assert {stream.name: stream.value for stream in Stream} == {name: index for index, name in enumerate(streams)}
@@ -110,11 +115,11 @@ def test_every_weight_gets_the_draw_of_its_place() -> None:
     stream, seen = Stream.PROGRAM_PLUS, []
     for layer in range(CONFIG.num_layers):
         for name in EXPERT_MATRICES:
-            for expert, w in enumerate(getattr(found.layers, name).w[layer]):
+            for expert, w in enumerate(found.layers[name].w[layer]):
                 np.testing.assert_array_equal(w, normals(5, (layer, Matrix[name.upper()], stream, expert), w.shape))
                 seen.append(float(w[0, 0]))
         for name in DENSE_MATRICES:
-            w = getattr(found.layers, name).w[layer]
+            w = found.layers[name].w[layer]
             np.testing.assert_array_equal(w, normals(5, (layer, Matrix[name.upper()], stream, 0), w.shape))
             seen.append(float(w[0, 0]))
     assert found.lm_head is not None
@@ -149,11 +154,11 @@ def test_draws_do_not_depend_on_tiles() -> None:
 
 def test_experts_are_independent() -> None:
     before, changed = run(5, params(), analog_spec(PCM())), jax.tree.map(np.copy, params())
-    changed.layers.gate[1, 2] *= 3
-    changed.layers.down[0, 1] += 1
+    changed.layers.moe.experts.gate[1, 2] *= 3
+    changed.layers.moe.experts.down[0, 1] += 1
     after = run(5, changed, analog_spec(PCM()))
     for name, here in (("gate", (1, 2)), ("up", None), ("down", (0, 1))):
-        same = np.all(getattr(before.layers, name).w == getattr(after.layers, name).w, axis=(-2, -1))
+        same = np.all(before.layers[name].w == after.layers[name].w, axis=(-2, -1))
         wanted = np.ones((CONFIG.num_layers, CONFIG.num_experts), bool)
         if here is not None:
             wanted[here] = False
@@ -164,7 +169,7 @@ def test_a_key_is_a_seed() -> None:
     first, again, other = (run(seed, params(), analog_spec(PCM())) for seed in (5, 5, 6))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     for name in EXPERT_MATRICES:
-        ours, theirs = getattr(first.layers, name).w, getattr(other.layers, name).w
+        ours, theirs = first.layers[name].w, other.layers[name].w
         assert np.mean(ours != theirs) > 0.99
 
 
@@ -173,7 +178,7 @@ def test_without_noise_the_weights_stay_and_keep_their_dtype(dtype: Any) -> None
     model = params(dtype)
     found = run(5, model, bare(dtype, noise_scale=0.0), dense=True)
     for name in (*EXPERT_MATRICES, *DENSE_MATRICES):
-        w, clean = getattr(found.layers, name).w, getattr(model.layers, name)
+        w, clean = found.layers[name].w, matrices_of(model.layers)[name]
         assert w.dtype == dtype
         np.testing.assert_array_equal(w.astype(np.float32), clean.astype(np.float32))
     assert found.lm_head is not None and found.lm_head.w.dtype == dtype
@@ -188,16 +193,16 @@ def test_noise_is_drawn_in_float32_and_stored_in_the_dtype_of_the_weights() -> N
     wide = jax.tree.map(lambda leaf: leaf.astype(np.float32), low).replace(lm_head=head)
     exact = run(5, wide, bare(), dense=True)
     for name in (*EXPERT_MATRICES, *DENSE_MATRICES):
-        w = getattr(stored.layers, name).w
+        w = stored.layers[name].w
         assert w.dtype == jnp.bfloat16
-        np.testing.assert_array_equal(w, getattr(exact.layers, name).w.astype(jnp.bfloat16))
+        np.testing.assert_array_equal(w, exact.layers[name].w.astype(jnp.bfloat16))
 
 
 @pytest.mark.parametrize(("axis", "dtype"), [("tile", jnp.float32), ("column", jnp.bfloat16)])
 def test_maxima_are_those_of_the_stored_weights(axis: str, dtype: Any) -> None:
     found = run(5, params(dtype), bare(dtype), dense=True)
     for name in EXPERT_MATRICES:
-        matrix = getattr(found.layers, name)
+        matrix = found.layers[name]
         assert matrix.weight_max.dtype == np.float32
         w = np.abs(matrix.w.astype(np.float32))
         blocks = np.array_split(w, -(-w.shape[-2] // TILE_ROWS), axis=-2)  # the larger parts first, as `row_blocks`
@@ -208,7 +213,10 @@ def test_maxima_are_those_of_the_stored_weights(axis: str, dtype: Any) -> None:
 def test_dense_matrices_are_programmed_on_demand_only() -> None:
     found = run(5, params(), analog_spec(PCM()))
     assert found.lm_head is None
-    assert all(getattr(found.layers, name) is None for name in DENSE_MATRICES)
+    assert found.layers.keys() == set(EXPERT_MATRICES)
+    assert not found.dense_layers
+    everything = run(5, params(), bare(), dense=True)
+    assert everything.layers.keys() == {*EXPERT_MATRICES, *DENSE_MATRICES}
 
 
 def test_one_compile_for_a_sweep() -> None:
@@ -216,7 +224,7 @@ def test_one_compile_for_a_sweep() -> None:
     sweep = [(0, 1.0, 1.0, 12.0, 0.1), (1, 1.0, 1.0, 12.0, 0.1), (0, 0.5, 1.0, 9.0, 0.2), (0, 1.0, 1e6, 12.0, 0.1)]
     model = jax.jit(chex.assert_max_traces(program, n=1), static_argnames="dense")
     matrix = jax.jit(chex.assert_max_traces(program_matrix, n=1))
-    w, outputs = params().layers.gate[0, 0], []
+    w, outputs = params().layers.moe.experts.gate[0, 0], []
     for seed, scale, time_s, bound, std in sweep:
         swept = {"noise_scale": scale, "time_s": time_s, "adc_bound": bound, "read_noise": make_read_noise("pcm", std)}
         model.trace(jax.random.key(seed), params(), analog_spec(PCM(), **swept), dense=False)  # slow to compile
@@ -234,7 +242,7 @@ def test_vmap_over_keys_equals_loop() -> None:
     for index, key in enumerate(keys):
         alone = compiled(key, params(), spec, dense=True)
         for name in EXPERT_MATRICES:
-            np.testing.assert_array_equal(getattr(together.layers, name).w[index], getattr(alone.layers, name).w)
+            np.testing.assert_array_equal(together.layers[name].w[index], alone.layers[name].w)
 
 
 def test_drift_compensation_restores_the_mean_of_every_tile() -> None:

@@ -6,17 +6,17 @@ import pytest
 
 from hetmoe.evaluate.run import Batches, make_batches
 from hetmoe.evaluate.text import Windows
-from hetmoe.models.config import ModelConfig
-from hetmoe.models.hf import Model
-from hetmoe.models.params import init_params
+from hetmoe.models.abstract import init_params
+from hetmoe.models.config import ModelConfig, Rope
+from hetmoe.models.model import Model
 
 
 @pytest.fixture(scope="session")
 def tiny() -> Model:
     config = ModelConfig(
-        vocab_size=64, hidden_size=32, expert_intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1,
-        head_dim=16, num_experts=8, experts_per_token=2, norm_topk_prob=False, clip_qkv=None, rms_norm_eps=1e-5,
-        rope_theta=1e4, max_position_embeddings=64, tie_embeddings=False,
+        family="olmoe", vocab_size=64, hidden_size=32, expert_intermediate_size=24, num_layers=2, num_heads=2,
+        num_kv_heads=1, head_dim=16, qk_norm="width", num_experts=8, experts_per_token=2, norm_topk_prob=False,
+        clip_qkv=None, rms_norm_eps=1e-5, rope=Rope(theta=1e4), max_position_embeddings=64, tie_embeddings=False,
     )  # fmt: skip
     params = init_params(jax.random.key(0), config)
     # Logits of a spread that makes a likelihood worth comparing.

@@ -18,7 +18,7 @@ from hetmoe.evaluate.noise_sweep import (
     random_placement,
 )  # fmt: skip
 from hetmoe.evaluate.run import Batches
-from hetmoe.models.hf import Model
+from hetmoe.models.model import Model
 from hetmoe.placement.plan import Plan, all_analog, experts_analog
 
 SIZE = TextSize(tokens=80, bytes=240, questions=50)

@@ -10,7 +10,7 @@ import hetmoe
 from hetmoe.evaluate import run
 from hetmoe.evaluate.run import Batches, answer_credit, evaluate_digital, evaluate_seeds
 from hetmoe.evaluate.text import Windows
-from hetmoe.models.hf import Model
+from hetmoe.models.model import Model
 from hetmoe.placement.plan import Plan, all_analog, all_digital, experts_analog, place, stack_plans
 
 

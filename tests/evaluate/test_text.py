@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from hetmoe.checkpoint.load import load_model, model_directory
 from hetmoe.errors import InputError
 from hetmoe.evaluate.text import (
     Document,
@@ -19,7 +20,7 @@ from hetmoe.evaluate.text import (
     split_windows,
     tokenize,
 )  # fmt: skip
-from hetmoe.models.hf import Model, load_model, model_directory
+from hetmoe.models.model import Model
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,10 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from hetmoe.checkpoint.load import load_model
+from hetmoe.checkpoint.save import save_model
 from hetmoe.errors import InputError
-from hetmoe.models.hf import Model, load_model, save_model
+from hetmoe.models.model import Model
 from hetmoe.models.params import Params
 from tests.models.tiny import random_params, tiny_config
 

@@ -13,11 +13,12 @@ from hetmoe.analog.programming import Matrix, ProgrammedWeights
 from hetmoe.analog.read_noise import make_read_noise
 from hetmoe.analog.spec import AnalogSpec, analog_spec
 from hetmoe.errors import InputError
+from hetmoe.models.analog_arguments import check_analog
 from hetmoe.models.config import ModelConfig
-from hetmoe.models.transformer import _layer_hardware, check_analog, forward, hidden_states
+from hetmoe.models.transformer import _hardware, forward, hidden_states
 from hetmoe.placement.plan import Plan, all_analog, all_digital, experts_analog
-from tests.models.analog_tiny import TILE_ROWS, programmed_by_hand, random_ranges
-from tests.models.tiny import random_params, random_tokens, tiny_config
+from tests.models.analog_tiny import EXPERT_MATRICES, TILE_ROWS, programmed_by_hand, random_ranges
+from tests.models.tiny import full_config, random_params, random_tokens, tiny_config
 
 CONFIG = tiny_config(num_layers=2)
 NOISE = make_read_noise("additive", 0.01)
@@ -31,7 +32,9 @@ def programmed(config: ModelConfig, *, per_column: bool = False, tile_rows: int 
 
 def without_dense(weights: ProgrammedWeights) -> ProgrammedWeights:
     """As `program(dense=False)` returns them."""
-    return ProgrammedWeights(layers=dataclasses.replace(weights.layers, q=None, k=None, v=None, o=None), lm_head=None)
+    return ProgrammedWeights(
+        layers={name: weights.layers[name] for name in EXPERT_MATRICES}, dense_layers={}, lm_head=None
+    )
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
@@ -137,21 +140,91 @@ def test_forward_and_hidden_states_check_first() -> None:
             run(params, tokens, CONFIG, plan=all_analog(CONFIG))
 
 
+FULL = full_config()
+
+
+def full(**changes: Any) -> dict[str, Any]:
+    """A complete set for the model that has every kind of module, with some replaced."""
+    complete = {"plan": all_analog(FULL), "programmed": programmed(FULL), "calibration": random_ranges(FULL, 0)}
+    return arguments(**(complete | changes))
+
+
+def refused_full(words: str, **changes: Any) -> None:
+    with pytest.raises(InputError, match=re.escape(words)):
+        check_analog(FULL, **full(**changes))
+
+
+def test_complete_sets_with_every_kind_of_module_are_accepted() -> None:
+    check_analog(FULL, **full())
+    check_analog(FULL, **full(calibration=None))
+    for plan in (all_digital(FULL), experts_analog(FULL)):
+        check_analog(FULL, **full(plan=plan, programmed=without_dense(programmed(FULL))))
+
+
+@pytest.mark.parametrize("given", ["attention", "shared_experts", "dense_ffn", "lm_head"])
+def test_every_kind_of_dense_module_must_be_programmed(given: str) -> None:
+    plan = dataclasses.replace(all_digital(FULL), **{given: getattr(all_analog(FULL), given)})
+    refused_full("program(dense=True)", plan=plan, programmed=without_dense(programmed(FULL)))
+
+
+@pytest.mark.parametrize("kind", ["layers", "dense_layers"])
+def test_matrices_that_are_absent_or_too_many_are_refused(kind: str) -> None:
+    stack = getattr(programmed(FULL), kind)
+    for name in stack:
+        fewer = {other: matrix for other, matrix in stack.items() if other != name}
+        for changed in (fewer, stack | {"k": stack[name]}):
+            refused_full(f"programmed {kind} hold", programmed=dataclasses.replace(programmed(FULL), **{kind: changed}))
+
+
+@pytest.mark.parametrize("kind", ["layers", "dense_layers"])
+def test_ranges_of_another_shape_are_refused(kind: str) -> None:
+    ranges = getattr(random_ranges(FULL, 0), kind)
+    for site, values in ranges.items():
+        fewer = {other: array for other, array in ranges.items() if other != site}
+        for changed in (fewer, ranges | {site: values[1:]}, ranges | {site: values[..., :-1]}):
+            calibration = dataclasses.replace(random_ranges(FULL, 0), **{kind: changed})
+            refused_full(f"calibration {site} has shape", calibration=calibration)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"shared_intermediate_size": 14},
+        {"dense_intermediate_size": 18},
+        {"dense_layers": (0, 1)},
+        {"latent": dataclasses.replace(FULL.latent, kv_rank=12)},
+        {"latent": dataclasses.replace(FULL.latent, query_rank=16)},
+        {"latent": dataclasses.replace(FULL.latent, query_rank=None)},
+        {"latent": dataclasses.replace(FULL.latent, value_dim=8)},
+    ],
+    ids=str,
+)
+def test_weights_of_other_modules_are_refused(changes: dict[str, Any]) -> None:
+    refused_full("programmed", programmed=programmed(dataclasses.replace(FULL, **changes)))
+
+
 def test_read_noise_of_every_layer_and_matrix_has_a_key_of_its_own() -> None:
+    """Of both kinds of layers; the LM head's is folded with a number between theirs."""
     spec: AnalogSpec = analog_spec(tile_rows=TILE_ROWS, read_noise=NOISE)
-    plan: Plan = all_analog(CONFIG)
     rows = jnp.arange(3, dtype=jnp.uint32)
     seen = set()
-    for key in (jax.random.key(0), jax.random.key(1)):
-        stacked = _layer_hardware(plan, spec, programmed(CONFIG), None, key)
-        for layer in range(CONFIG.num_layers):
-            hardware = jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacked)
-            for matrix in Matrix:
-                if matrix is not Matrix.LM_HEAD:
-                    read = hardware.read(matrix.name.lower(), rows)
-                    assert read is not None
-                    assert read[2] is rows
-                    seen.add(tuple(jax.random.key_data(read[1]).tolist()))
-    assert len(seen) == 2 * CONFIG.num_layers * (len(Matrix) - 1)
-    silent = jax.tree.map(lambda leaf: leaf[0], _layer_hardware(plan, spec, programmed(CONFIG), None, None))
-    assert silent.read("q", rows) is None
+    for config in (CONFIG, FULL):
+        plan: Plan = all_analog(config)
+        for seed in (0, 1):
+            key = jax.random.key(10 * config.num_layers + seed)
+            kinds = _hardware(config, plan, spec, programmed(config), None, key)
+            assert kinds.keys() == ({True, False} if config.dense_layers else {True})
+            head = jax.random.fold_in(jax.random.fold_in(key, len(config.moe_layers)), Matrix.LM_HEAD)
+            seen.add(tuple(jax.random.key_data(head).tolist()))
+            for moe, stacked in kinds.items():
+                for layer in range(len(config.moe_layers if moe else config.dense_layers)):
+                    hardware = jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacked)
+                    for matrix in Matrix:
+                        if matrix is not Matrix.LM_HEAD:
+                            read = hardware.read(matrix.name.lower(), rows)
+                            assert read is not None
+                            assert read[2] is rows
+                            seen.add(tuple(jax.random.key_data(read[1]).tolist()))
+    assert len(seen) == 2 * (2 + 3) * (len(Matrix) - 1) + 2 * 2
+    silent = _hardware(CONFIG, all_analog(CONFIG), spec, programmed(CONFIG), None, None)[True]
+    assert jax.tree.map(lambda leaf: leaf[0], silent).read("q", rows) is None

@@ -15,7 +15,7 @@ from hetmoe.analog.spec import AnalogSpec, analog_spec
 from hetmoe.models.params import Params
 from hetmoe.models.transformer import forward, head_logits, hidden_states
 from hetmoe.placement.plan import Plan, all_analog, all_digital, experts_analog, stack_plans
-from tests.models.analog_tiny import programmed_by_hand, random_ranges
+from tests.models.analog_tiny import matrices_of, programmed_by_hand, random_ranges
 from tests.models.tiny import random_params, random_tokens, tiny_config
 
 CONFIG = tiny_config(num_layers=2)
@@ -93,7 +93,7 @@ def largest(difference: Any) -> float:  # relative to the largest digital logit
 
 def test_a_plan_that_is_all_digital_is_the_digital_model() -> None:
     """By value and by structure, however noisy the programmed weights."""
-    assert np.all(noisy().layers.gate.w != params().layers.gate)
+    assert np.all(noisy().layers["gate"].w != params().layers.moe.experts.gate)
     by_value, _ = _run(params(), plan_of(False, False), spec_of(), noisy())
     assert largest(by_value - digital_logits()) < ROUNDING
     by_structure = _forward(params(), plan=all_digital(CONFIG), spec=spec_of(), programmed=noisy())
@@ -106,7 +106,7 @@ def test_a_plan_that_is_all_digital_is_the_digital_model() -> None:
 def test_ideal_crossbars_are_the_digital_model() -> None:
     """Converters off, noise scale 0, everything on crossbars."""
     clean = _program(jax.random.key(7), params(), spec_of(noise_scale=0.0))
-    np.testing.assert_array_equal(clean.layers.down.w, params().layers.down)
+    np.testing.assert_array_equal(clean.layers["down"].w, params().layers.moe.experts.down)
     ideal = spec_of(noise_scale=0.0, dac_bits=None, adc_bits=None)
     result = _forward(params(), plan=all_analog(CONFIG), spec=ideal, programmed=clean)
     assert largest(result.reshape(digital_logits().shape) - digital_logits()) < ROUNDING
@@ -161,10 +161,11 @@ def test_digital_experts_stay_exactly_digital() -> None:
         return jnp.where(flags, stacked, jnp.nan)
 
     layers = noisy().layers
-    spoiled_experts = {name: jax.tree.map(poison, getattr(layers, name)) for name in ("gate", "up", "down")}
-    spoiled_dense = {name: jax.tree.map(lambda a: a + jnp.nan, getattr(layers, name)) for name in "qkvo"}
-    layers = dataclasses.replace(layers, **spoiled_experts, **spoiled_dense)
-    spoiled = ProgrammedWeights(layers=layers, lm_head=jax.tree.map(lambda a: a + jnp.nan, noisy().lm_head))
+    spoiled_experts = {name: jax.tree.map(poison, layers[name]) for name in ("gate", "up", "down")}
+    spoiled_dense = {name: jax.tree.map(lambda a: a + jnp.nan, layers[name]) for name in "qkvo"}
+    assert spoiled_experts.keys() | spoiled_dense.keys() == layers.keys()
+    head = jax.tree.map(lambda a: a + jnp.nan, noisy().lm_head)
+    spoiled = dataclasses.replace(noisy(), layers=spoiled_experts | spoiled_dense, lm_head=head)
     after, _ = _run(params(), plan, spec_of(), spoiled)
     np.testing.assert_array_equal(after, before)
 
@@ -202,9 +203,9 @@ def test_programmed_noise_is_one_draw_per_weight() -> None:
     one, two = (_program(jax.random.key(4), params(), spec_of(noise_scale=c)) for c in (1.0, 2.0))
     draws: list[np.ndarray] = []
     for name in ("gate", "up", "q", "o"):
-        clean = np.asarray(getattr(params().layers, name))
-        first = np.asarray(getattr(one.layers, name).w) - clean
-        second = np.asarray(getattr(two.layers, name).w) - clean
+        clean = np.asarray(matrices_of(params().layers)[name])
+        first = np.asarray(one.layers[name].w) - clean
+        second = np.asarray(two.layers[name].w) - clean
         # One rounding to float32 of weight plus noise in each: both are below 2, where an ulp is 2^-23.
         np.testing.assert_allclose(second, 2 * first, rtol=0, atol=4 * 2.0**-23)
         draws += [part.ravel()[:400] for part in first.reshape(-1, *clean.shape[-2:])]
@@ -288,8 +289,8 @@ def test_bfloat16_runs_and_agrees_loosely() -> None:
     # As `program` stores them, without compiling it once more: weights in bfloat16, their maxima in float32.
     shapes = jax.eval_shape(functools.partial(program, dense=True), jax.random.key(0), narrow, spec)
     weights = jax.tree.map(lambda leaf, shape: leaf.astype(jnp.bfloat16).astype(shape.dtype), wide, shapes)
-    assert weights.layers.down.w.dtype == jnp.bfloat16
-    assert weights.layers.down.weight_max.dtype == jnp.float32
+    assert weights.layers["down"].w.dtype == jnp.bfloat16
+    assert weights.layers["down"].weight_max.dtype == jnp.float32
     actual = _forward(narrow, plan=plan, spec=spec, programmed=weights)
     assert actual.dtype == jnp.float32
     expected = np.asarray(_forward(params(), plan=plan, spec=spec, programmed=wide))

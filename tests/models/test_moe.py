@@ -9,27 +9,39 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hetmoe.models.moe import Routing, moe_block, route
-from hetmoe.models.params import Layer
+from hetmoe.models.config import ModelConfig
+from hetmoe.models.hardware import Probe
+from hetmoe.models.moe import feed_forward, moe_block
+from hetmoe.models.params import MoE
+from hetmoe.models.routing import Routing, route
 from hetmoe.ops.dispatch import choose_block_size
 from tests.models import numpy_model
-from tests.models.tiny import random_params, tiny_config
+from tests.models.tiny import full_config, random_params, tiny_config
 
 UNIT = 2.0**-24  # unit roundoff of float32
 EXPERTS, HIDDEN = 8, 23
 
-_route = jax.jit(route, static_argnums=(2, 3))
+_route = jax.jit(route, static_argnums=2)
 
 
 @jax.jit
-def _block(x: jax.Array, layer: Layer, routing: Routing) -> jax.Array:
-    return moe_block(x, layer, routing, None, None)[0]
+def _block(x: jax.Array, moe: MoE, routing: Routing) -> jax.Array:
+    return moe_block(x, moe, routing, None, Probe(None))
 
 
 @functools.cache
-def layer(dtype: Any = jnp.float32) -> Layer:
+def layer(dtype: Any = jnp.float32) -> MoE:
     params = random_params(tiny_config(num_experts=EXPERTS), 0, dtype)
-    return jax.tree.map(lambda leaf: leaf[0], params.layers)
+    return jax.tree.map(lambda leaf: leaf[0], params.layers.moe)
+
+
+def routers(router: Any, bias: Any = None) -> MoE:
+    """A layer of which only the router is used."""
+    return MoE(router=router, experts=None, selection_bias=bias)
+
+
+def route_config(copies: int, normed: bool = False) -> ModelConfig:
+    return tiny_config(num_experts=EXPERTS, experts_per_token=copies, norm_topk_prob=normed)
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -42,8 +54,8 @@ def routing(chosen: np.ndarray, weights: np.ndarray) -> Routing:
     return Routing(logits=logits, chosen=jnp.asarray(chosen, jnp.int32), weights=jnp.asarray(weights, jnp.float32))
 
 
-def naive(x: np.ndarray, chosen: np.ndarray, weights: np.ndarray, of: Layer) -> np.ndarray:
-    wide = jax.tree.map(lambda leaf: np.asarray(leaf).astype(np.float64), of)
+def naive(x: np.ndarray, chosen: np.ndarray, weights: np.ndarray, of: MoE) -> np.ndarray:
+    wide = jax.tree.map(lambda leaf: np.asarray(leaf).astype(np.float64), of.experts)
     return numpy_model.experts(x.astype(np.float64), chosen, weights, wide, numpy_model.digital, 0)
 
 
@@ -67,9 +79,10 @@ def distinct(seed: int, tokens: int, copies: int) -> np.ndarray:
 @pytest.mark.parametrize("copies", [1, 2, 8])
 def test_route(copies: int, normed: bool) -> None:
     x, router = normal(0, 200, HIDDEN), normal(1, HIDDEN, EXPERTS)
-    result = _route(jnp.asarray(x), jnp.asarray(router), copies, normed)
+    config = route_config(copies, normed)
+    result = _route(jnp.asarray(x), routers(jnp.asarray(router)), config)
     logits = x.astype(np.float64) @ router
-    chosen, weights = numpy_model.route(x.astype(np.float64), router.astype(np.float64), copies, normed)
+    chosen, weights = numpy_model.route(x.astype(np.float64), routers(router.astype(np.float64)), config)
     gaps = np.diff(np.sort(logits, axis=1), axis=1).min()
     assert gaps > 100 * UNIT * np.abs(logits).max()  # far enough apart that rounding cannot reorder them
     np.testing.assert_array_equal(result.chosen, chosen)
@@ -88,7 +101,7 @@ def test_route(copies: int, normed: bool) -> None:
 def test_ties_go_to_the_lower_index() -> None:
     router = np.zeros((HIDDEN, EXPERTS), np.float32)
     router[0] = [0, 1, 3, 1, 3, 3, 0, 1]
-    result = _route(jnp.eye(2, HIDDEN), jnp.asarray(router), 5, False)
+    result = _route(jnp.eye(2, HIDDEN), routers(jnp.asarray(router)), route_config(5))
     assert result.chosen.tolist() == [[2, 4, 5, 1, 3], [0, 1, 2, 3, 4]]
     assert result.weights[1].tolist() == [0.125] * 5
 
@@ -98,7 +111,7 @@ def test_weights_come_from_all_experts() -> None:
     router = np.zeros((HIDDEN, EXPERTS), np.float32)
     router[0, [3, 6]] = np.log([5, 2])
     x = jnp.eye(1, HIDDEN)
-    plain, normed = (_route(x, jnp.asarray(router), 2, flag) for flag in (False, True))
+    plain, normed = (_route(x, routers(jnp.asarray(router)), route_config(2, flag)) for flag in (False, True))
     assert plain.chosen.tolist() == normed.chosen.tolist() == [[3, 6]]
     np.testing.assert_allclose(plain.weights[0], [5 / 13, 2 / 13], rtol=8 * UNIT)  # exp, sum, quotient
     np.testing.assert_allclose(normed.weights[0], [5 / 7, 2 / 7], rtol=8 * UNIT)
@@ -106,7 +119,7 @@ def test_weights_come_from_all_experts() -> None:
 
 def test_routing_of_bfloat16_is_done_in_float32() -> None:
     x, router = jnp.asarray(normal(0, 50, HIDDEN), jnp.bfloat16), jnp.asarray(normal(1, HIDDEN, EXPERTS), jnp.bfloat16)
-    result = route(x, router, 2, False)  # not compiled: XLA may skip a rounding to bfloat16 and back
+    result = route(x, routers(router), route_config(2))  # not compiled: XLA may skip a rounding to bfloat16 and back
     assert (result.logits.dtype, result.weights.dtype) == (jnp.float32, jnp.float32)
     exact = np.asarray(x).astype(np.float64) @ np.asarray(router).astype(np.float64)
     np.testing.assert_allclose(result.logits, exact, rtol=0, atol=4 * UNIT * np.abs(exact).max())
@@ -145,9 +158,8 @@ def test_experts_without_tokens_and_padding_do_not_leak() -> None:
     x, chosen = normal(2, 21, HIDDEN), distinct(3, 21, 2) % (EXPERTS - 1)
     weights = np.abs(normal(4, 21, 2))
     expected = _block(jnp.asarray(x), layer(), routing(chosen, weights))
-    poisoned = dataclasses.replace(
-        layer(), **{name: getattr(layer(), name).at[EXPERTS - 1].set(jnp.nan) for name in ("gate", "up", "down")}
-    )
+    spoiled = jax.tree.map(lambda leaf: leaf.at[EXPERTS - 1].set(jnp.nan), layer().experts)
+    poisoned = dataclasses.replace(layer(), experts=spoiled)
     np.testing.assert_array_equal(_block(jnp.asarray(x), poisoned, routing(chosen, weights)), expected)
 
 
@@ -188,15 +200,15 @@ def test_gradient_equals_that_of_the_naive_block() -> None:
     x, chosen, weights = normal(2, tokens, HIDDEN), distinct(3, tokens, copies) % (EXPERTS - 1), normal(4, tokens, 2)
     cotangent = jnp.asarray(normal(5, tokens, HIDDEN))
 
-    def block(x: jax.Array, weights: jax.Array, of: Layer) -> jax.Array:
+    def block(x: jax.Array, weights: jax.Array, of: MoE) -> jax.Array:
         plan = Routing(logits=jnp.zeros((tokens, EXPERTS)), chosen=jnp.asarray(chosen, jnp.int32), weights=weights)
-        return jnp.sum(moe_block(x, of, plan, None, None)[0] * cotangent)
+        return jnp.sum(moe_block(x, of, plan, None, Probe(None)) * cotangent)
 
-    def dense(x: jax.Array, weights: jax.Array, of: Layer) -> jax.Array:
+    def dense(x: jax.Array, weights: jax.Array, of: MoE) -> jax.Array:
         """Every token through every expert, most of them with weight zero."""
-        inner = jax.nn.silu(jnp.einsum("th,ehi->tei", x, of.gate)) * jnp.einsum("th,ehi->tei", x, of.up)
+        gate, up = (jnp.einsum("th,ehi->tei", x, w) for w in (of.experts.gate, of.experts.up))
         spread = jnp.zeros((tokens, EXPERTS)).at[jnp.arange(tokens)[:, None], chosen].add(weights)
-        return jnp.sum(jnp.einsum("tei,eih,te->th", inner, of.down, spread) * cotangent)
+        return jnp.sum(jnp.einsum("tei,eih,te->th", jax.nn.silu(gate) * up, of.experts.down, spread) * cotangent)
 
     arguments = (jnp.asarray(x), jnp.asarray(weights), layer())
     actual, expected = (jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*arguments) for loss in (block, dense))
@@ -207,7 +219,41 @@ def test_gradient_equals_that_of_the_naive_block() -> None:
         limit = 16 * UNIT * np.abs(right).max()
         np.testing.assert_allclose(left, right, rtol=0, atol=limit, err_msg=jax.tree_util.keystr(path))
     assert np.abs(actual[0]).max() > 0.1
-    assert not np.any(actual[2].gate[EXPERTS - 1])
+    assert not np.any(actual[2].experts.gate[EXPERTS - 1])
+
+
+@functools.cache
+def shared_layer() -> MoE:
+    """Shared experts behind a gate, beside the routed ones."""
+    config = tiny_config(num_experts=EXPERTS, shared_intermediate_size=15, shared_gate=True)
+    return jax.tree.map(lambda leaf: leaf[0], random_params(config, 0).layers.moe)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_shared_experts_see_every_token(gated: bool) -> None:
+    """They are added to what the routed experts give, with weight 1 or the sigmoid of their gate."""
+    moe = shared_layer() if gated else dataclasses.replace(shared_layer(), shared_gate=None)
+    x, chosen, weights = normal(2, 21, HIDDEN), distinct(3, 21, 2), np.abs(normal(4, 21, 2))
+    actual = np.asarray(_block(jnp.asarray(x), moe, routing(chosen, weights)))
+    wide: Any = jax.tree.map(lambda leaf: np.asarray(leaf).astype(np.float64), moe)
+    shared = numpy_model.feed_forward(x.astype(np.float64), wide.shared, "shared", numpy_model.digital, 0)
+    if gated:
+        gate = numpy_model.sigmoid(x.astype(np.float64) @ wide.shared_gate)
+        assert gate.shape == (21, 1) and np.ptp(gate) > 0.3
+        shared = gate * shared
+    expected = naive(x, chosen, weights, moe) + shared
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=16 * UNIT * np.abs(expected).max())  # as in `check`
+    assert np.abs(shared).max(axis=1).min() > 1000 * UNIT * np.abs(expected).max()
+
+
+def test_feed_forward_of_a_dense_layer() -> None:
+    config = full_config()
+    ffn = jax.tree.map(lambda leaf: leaf[0], random_params(config, 0).dense_layers.ffn)
+    x = normal(2, 21, HIDDEN)
+    actual = jax.jit(lambda x, ffn: feed_forward(x, ffn, "ffn", None, Probe(None)))(jnp.asarray(x), ffn)
+    wide: Any = jax.tree.map(lambda leaf: np.asarray(leaf).astype(np.float64), ffn)
+    expected = numpy_model.feed_forward(x.astype(np.float64), wide, "ffn", numpy_model.digital, 0)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=16 * UNIT * np.abs(expected).max())
 
 
 def test_a_block_size_above_the_least_is_covered() -> None:

@@ -7,10 +7,10 @@ import pytest
 from safetensors.numpy import load_file
 
 import hetmoe
+from hetmoe.checkpoint.load import model_directory
 from hetmoe.evaluate.run import evaluate_digital, make_batches
 from hetmoe.evaluate.text import heldout_files, load_windows
 from hetmoe.models.generate import greedy
-from hetmoe.models.hf import model_directory
 
 
 def test_size_and_shape() -> None:
@@ -28,7 +28,7 @@ def test_routers_of_step_zero_are_kept_and_differ() -> None:
     assert len(first) == model.config.num_layers
     for layer in range(model.config.num_layers):
         initial = first[f"model.layers.{layer}.mlp.gate.weight"].astype(np.float32)
-        final = np.asarray(model.params.layers.router[layer]).T
+        final = np.asarray(model.params.layers.moe.router[layer]).T
         assert initial.shape == final.shape
         assert np.linalg.norm(final - initial) > 0.5 * np.linalg.norm(initial)
 

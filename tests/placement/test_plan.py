@@ -24,9 +24,10 @@ from hetmoe.placement.plan import (
     place,
     stack_plans,
 )
-from tests.models.tiny import tiny_config
+from tests.models.tiny import full_config, tiny_config
 
 CONFIG = tiny_config(num_layers=3, num_experts=4)
+FULL = full_config()  # two layers with 8 experts, one dense
 
 
 def digital(scores: Any, fraction: float) -> list[list[int]]:
@@ -82,9 +83,12 @@ def test_ties_keep_the_lower_index_digital() -> None:
     ]
 
 
-def test_infinite_scores_are_scores() -> None:
-    assert digital([[0.0, math.inf, 3.0, -math.inf]], 0.25) == [[1]]
-    assert digital([[0.0, math.inf, 3.0, -math.inf]], 0.75) == [[0, 1, 2]]
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_scores_that_are_not_finite_are_refused_by_place(value: float) -> None:
+    """They come of weights that are not finite, or overflow: silently they would decide what stays digital."""
+    scores = [[0.0, 1.0, 2.0, 3.0], [4.0, value, 5.0, value]]
+    with pytest.raises(InputError, match=rf"expert 1 in layer 1 \(of those with experts\) is {value}: its weights"):
+        place(jnp.asarray(scores), 0.5)
 
 
 def test_scores_of_other_dtypes() -> None:
@@ -97,12 +101,6 @@ def test_scores_of_other_dtypes() -> None:
 def test_place_by_its_definition(rows: list[list[int]], fraction: float) -> None:
     expected = [sorted(sorted(range(6), key=lambda e: (-row[e], e))[: digital_count(fraction, 6)]) for row in rows]
     assert digital(rows, fraction) == expected
-
-
-@pytest.mark.parametrize("scores", [[[0.0, math.nan]], [[math.nan, math.nan]]])
-def test_nan_scores_are_refused(scores: list[list[float]]) -> None:
-    with pytest.raises(InputError, match="NaN"):
-        place(jnp.asarray(scores), 0.5)
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (2, 3, 4)])
@@ -119,7 +117,17 @@ def test_the_named_plans() -> None:
         assert np.all(plan.experts)
     for plan in (all_digital(CONFIG), experts_analog(CONFIG)):
         assert (plan.attention, plan.lm_head) == (None, None)
+    for plan in (all_digital(FULL), experts_analog(FULL)):
+        dense = (plan.attention, plan.shared_experts, plan.dense_ffn, plan.lm_head)
+        assert dense == (None, None, None, None) and not plan.switches_dense
+    everything = all_analog(FULL)
+    assert {name: np.asarray(flags).tolist() for name, flags in vars(everything).items()} == {
+        "experts": [[True] * 8] * 2, "attention": [True] * 3, "shared_experts": [True] * 2, "dense_ffn": [True],
+        "lm_head": True,
+    }  # fmt: skip
+    check_plan(everything, FULL)
     full = all_analog(CONFIG)
+    assert (full.shared_experts, full.dense_ffn) == (None, None)  # the model has none
     assert full.attention is not None
     assert full.lm_head is not None
     assert full.attention.tolist() == [True] * 3
@@ -147,6 +155,23 @@ def test_the_named_plans() -> None:
 def test_plan_of_another_shape_or_kind_is_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=re.escape(words)):
         check_plan(dataclasses.replace(all_analog(CONFIG), **changes), CONFIG)
+
+
+@pytest.mark.parametrize("name", ["attention", "shared_experts", "dense_ffn", "lm_head"])
+def test_any_dense_module_may_be_left_out(name: str) -> None:
+    """By itself it makes the plan one that switches dense modules; of a wrong shape, or too much, it is refused."""
+    alone = dataclasses.replace(all_digital(FULL), **{name: getattr(all_analog(FULL), name)})
+    assert alone.switches_dense
+    for plan in (alone, dataclasses.replace(all_analog(FULL), **{name: None})):
+        check_plan(plan, FULL)
+    with pytest.raises(InputError, match=f"plan: {name} has shape"):
+        check_plan(dataclasses.replace(alone, **{name: jnp.ones((4,), bool)}), FULL)
+    with pytest.raises(InputError, match=f"plan: {name} has dtype float32"):
+        check_plan(jax.tree.map(lambda f: f.astype(jnp.float32), alone).replace(experts=alone.experts), FULL)
+    if name in ("shared_experts", "dense_ffn"):
+        changed = {name: getattr(all_analog(FULL), name)}
+        with pytest.raises(InputError, match=f"plan: {name} is set, but this model has none"):
+            check_plan(dataclasses.replace(all_digital(CONFIG), **changed), CONFIG)
 
 
 def test_stacked_plans_map_back_to_themselves() -> None:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from hetmoe.errors import InputError
-from hetmoe.models.config import ModelConfig
-from hetmoe.models.hf import Model
-from hetmoe.models.params import init_params
+from hetmoe.models.abstract import init_params
+from hetmoe.models.config import ModelConfig, Rope
+from hetmoe.models.model import Model
 from hetmoe.models.transformer import hidden_states
 from hetmoe.placement.scores import RULES, score_experts
 
@@ -16,9 +16,9 @@ from hetmoe.placement.scores import RULES, score_experts
 @pytest.fixture(scope="module")
 def model() -> Model:
     config = ModelConfig(
-        vocab_size=50, hidden_size=16, expert_intermediate_size=12, num_layers=2, num_heads=2, num_kv_heads=2,
-        head_dim=8, num_experts=6, experts_per_token=2, norm_topk_prob=False, clip_qkv=None, rms_norm_eps=1e-5,
-        rope_theta=1e4, max_position_embeddings=64, tie_embeddings=True,
+        family="olmoe", vocab_size=50, hidden_size=16, expert_intermediate_size=12, num_layers=2, num_heads=2,
+        num_kv_heads=2, head_dim=8, qk_norm="width", num_experts=6, experts_per_token=2, norm_topk_prob=False,
+        clip_qkv=None, rms_norm_eps=1e-5, rope=Rope(theta=1e4), max_position_embeddings=64, tie_embeddings=True,
     )  # fmt: skip
     return Model(
         params=init_params(jax.random.key(3), config), config=config, tokenizer=None, eos_token_id=None, name="m"
@@ -32,7 +32,7 @@ def test_max_neuron_norm_is_the_product_of_largest_neurons(model: Model, down_ax
     for layer in range(2):
         for expert in range(6):
             # As torch stores them: rows of up/gate feed a hidden unit; columns of down leave it.
-            up, gate, down = (getattr(layers, n)[layer, expert].T for n in ("up", "gate", "down"))
+            up, gate, down = (getattr(layers.moe.experts, n)[layer, expert].T for n in ("up", "gate", "down"))
             assert up.shape == (12, 16) and down.shape == (16, 12)
             expected = np.sqrt((up**2).sum(1)).max() * np.sqrt((gate**2).sum(1)).max()
             expected *= np.sqrt((down**2).sum(0 if down_axis == "hidden" else 1)).max()
@@ -41,7 +41,7 @@ def test_max_neuron_norm_is_the_product_of_largest_neurons(model: Model, down_ax
 
 
 def test_router_norm(model: Model) -> None:
-    router = np.asarray(model.params.layers.router, np.float64)
+    router = np.asarray(model.params.layers.moe.router, np.float64)
     np.testing.assert_allclose(
         score_experts(model, "router_norm"), [[np.linalg.norm(r[:, e]) for e in range(6)] for r in router], rtol=1e-6
     )
