@@ -18,13 +18,18 @@ def check_writable(path: Path) -> None:
         raise InputError(f"{path}: {folder} is not writable")
 
 
+def make_directory(path: Path) -> None:
+    """Makes a directory and its parents. Raises InputError if that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be made a directory ({error.strerror})") from None
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes through a temporary file in the same folder, so that a reader never sees half a file."""
     check_writable(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: its folder cannot be made ({error.strerror})") from None
+    make_directory(path.parent)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -6,8 +6,9 @@ from pathlib import Path
 from hetmoe.errors import InputError
 
 # What a model needs; pickled weights and second copies in other layouts are never fetched.
-_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json"]
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+_FILES = ["config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer.json"]
+_NOT = ["consolidated*", "*/*"]
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?", re.ASCII)
 
 
 def looks_like_hub_id(name: str) -> bool:
@@ -25,22 +26,23 @@ def download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download  # noqa: PLC0415 (slow to import, and most models are local)
     from huggingface_hub.errors import (  # noqa: PLC0415
         GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
+        HFValidationError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
     name, _, revision = hub_id.partition("@")
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=_FILES))
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=_FILES, ignore_patterns=_NOT))
     except GatedRepoError:
         reason = f"needs permission: ask for it on https://huggingface.co/{name}, then run 'hf auth login'"
     except RevisionNotFoundError:
         reason = f"has no revision {revision!r}"
     except RepositoryNotFoundError:
         reason = "there is no such model on the hub, or it is private: check the name, or run 'hf auth login'"
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except HFValidationError as error:
+        reason = f"is not a valid name on the hub ({str(error).splitlines()[0]})"
+    except Exception as error:  # noqa: BLE001 (the client, its transfer library and its network library raise many kinds)
         reason = (
             "is not in the local cache and the hub cannot be reached; on a machine with access run "
             f"'hf download {name} --local-dir DIR' and give DIR here ({type(error).__name__})"

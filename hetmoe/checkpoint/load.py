@@ -51,7 +51,7 @@ def model_directory(name_or_dir: str | Path) -> Path:
     if str(name_or_dir) == "reference":
         return Path(str(resources.files("hetmoe.models").joinpath("reference")))
     path = Path(name_or_dir)
-    if path.is_dir():
+    if str(name_or_dir) and path.is_dir():
         return path
     if isinstance(name_or_dir, str) and looks_like_hub_id(name_or_dir) and not path.exists():
         return download(name_or_dir)
@@ -118,7 +118,7 @@ def load_model(name_or_dir: str | Path, dtype: Any = None, *, mesh: jax.sharding
             (`"allenai/OLMoE-1B-7B-0924"`, with `@revision` if wanted), downloaded into the hub's cache; or
             `"reference"` for the embedded model.
         dtype: dtype of the parameters (`"float32"`, `jnp.bfloat16`, ...); None = as stored. Block-wise FP8 weights are
-            dequantised to it.
+            dequantised to it; float64 weights are rounded to float32 first.
         mesh: devices to spread the parameters over: a mesh axis shards the axes of the same name
             (`hetmoe.checkpoint.placement`); None = the default device.
 

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
+from hetmoe.checkpoint.read import count_non_finite, warn_of_non_finite
 from hetmoe.errors import InputError
+from hetmoe.files import make_directory
 from hetmoe.models.abstract import Leaf, abstract_params, is_leaf
 from hetmoe.models.config import ModelConfig
 from hetmoe.models.hf_config import config_from_hf, config_to_hf
@@ -45,11 +48,11 @@ def write(directory: Path, model: Model) -> None:
     interrupted, the target is absent or complete, and the temporary directory does not load.
 
     Raises:
-        InputError: if the target exists and is not empty.
+        InputError: if the target exists and is not empty, or its folder cannot be made.
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory}: exists; choose another output or remove it first")
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(directory.parent)
     temporary = Path(tempfile.mkdtemp(dir=directory.parent.absolute(), prefix=f".{directory.name}.partial-"))
     try:
         with ocp.StandardCheckpointer() as checkpointer:
@@ -62,6 +65,7 @@ def write(directory: Path, model: Model) -> None:
             "dtype": str(model.params.embed.dtype),
             "eos_token_id": model.eos_token_id,
             "bos_token_id": model.bos_token_id,
+            "files": _sizes(temporary / TREE),
         }
         (temporary / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         temporary.chmod(0o755)
@@ -74,7 +78,7 @@ def read_record(directory: Path) -> Record:
     """The record of a conversion.
 
     Raises:
-        InputError: if it is malformed.
+        InputError: if it is malformed, or files of the tree are missing or have another size.
     """
     path = directory / RECORD
     content = read_json(path)
@@ -83,11 +87,18 @@ def read_record(directory: Path) -> Record:
     if content.get("dtype") not in ("float32", "bfloat16", "float16"):
         raise InputError(f"{path}: dtype {content.get('dtype')!r} must be float32, bfloat16 or float16")
     config = config_from_hf(content.get("config", {}), source=str(path))
+    if content.get("files") != _sizes(directory / TREE):
+        raise InputError(f"{directory / TREE}: files are not those that {RECORD} lists, or changed; convert again")
     ids = {name: content.get(name) for name in ("eos_token_id", "bos_token_id")}
     for name, value in ids.items():
         if value is not None and (type(value) is not int or not 0 <= value < config.vocab_size):
             raise InputError(f"{path}: {name}={value!r} must be a token id below vocab_size={config.vocab_size}")
     return Record(config=config, dtype=content["dtype"], **ids)
+
+
+def _sizes(tree: Path) -> dict[str, int]:
+    """Bytes of every file of the tree. Damage is told from them before Orbax starts: it fails noisily."""
+    return {str(p.relative_to(tree)): p.stat().st_size for p in sorted(tree.rglob("*")) if p.is_file()}
 
 
 def read_params(directory: Path, record: Record, dtype: Any, shardings: Params | None) -> Params:
@@ -109,11 +120,18 @@ def read_params(directory: Path, record: Record, dtype: Any, shardings: Params |
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             _check_tree(tree, checkpointer.metadata(tree), targets)
-            return checkpointer.restore(tree, targets)
+            params = checkpointer.restore(tree, targets)
     except InputError:
         raise
     except Exception as error:  # noqa: BLE001 (Orbax and TensorStore raise many kinds)
         raise InputError(f"{tree}: not a readable Orbax checkpoint ({str(error)[:300]})") from None
+    counts: dict[str, int] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        shards = [np.asarray(shard.data) for shard in leaf.addressable_shards if shard.replica_id == 0]
+        if bad := sum(count_non_finite(row) for shard in shards for row in shard):
+            counts[jax.tree_util.keystr(path)] = bad
+    warn_of_non_finite(directory, counts)
+    return params
 
 
 def _check_tree(tree: Path, metadata: Any, targets: Params) -> None:

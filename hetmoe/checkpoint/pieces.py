@@ -131,7 +131,8 @@ def _skipped(key: str, config: ModelConfig, files: WeightFiles, storage: Storage
     if key == "lm_head.weight" and config.tie_embeddings:
         embed = "model.embed_tokens.weight"
         same = embed in files.tensors and files.tensors[embed].shape == files.tensors[key].shape
-        same = same and files.tensors[embed].dtype == files.tensors[key].dtype
+        same = same and files.tensors[embed].dtype == files.tensors[key].dtype and files.tensors[key].dtype in DTYPES
+        same = same and len(files.tensors[key].shape) == 2
         # Compared as bytes: equal NaN are equal.
         if not same or not np.array_equal(files.view(embed).view(np.uint8), files.view(key).view(np.uint8)):
             raise InputError(f"{files.where(key)} differs from {embed}, but config.json has tie_word_embeddings=true")
@@ -148,7 +149,9 @@ def _check(leaf: Leaf, piece: Piece, files: WeightFiles, storage: Storage) -> No
         raise InputError(f"{files.where(piece.key)} is stored as {tensor.dtype}, expected one of {', '.join(DTYPES)}")
     if tensor.dtype != "F8_E4M3":
         return
-    if storage.fp8_block is None or len(wanted) < 2:
+    if len(wanted) < 2:
+        raise InputError(f"{files.where(piece.key)} is stored as FP8, but only matrices have block-wise scales")
+    if storage.fp8_block is None:
         raise InputError(
             f"{files.where(piece.key)} is stored as FP8, but config.json has no quantization_config with "
             "weight_block_size"

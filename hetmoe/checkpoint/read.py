@@ -55,7 +55,7 @@ def read_params(
             reader.leaf(leaf, group, np.dtype(leaf.dtype(dtype)), place)
             for leaf, group, place in zip(leaves, pieces, places, strict=True)
         ]
-    _warn_of_non_finite(files.directory, reader.non_finite)
+    warn_of_non_finite(files.directory, reader.non_finite)
     return jax.tree.unflatten(treedef, arrays)
 
 
@@ -108,7 +108,8 @@ class _Reader:
         def fill(piece: Piece) -> None:
             depth = len(piece.index)
             target = out[tuple(i - r.start for i, r in zip(piece.index, region[:depth], strict=True))]
-            self.fill(target, leaf, piece, region[depth:])
+            with np.errstate(over="ignore", invalid="ignore"):  # what overflows is counted and told of once
+                self.fill(target, leaf, piece, region[depth:])
 
         inside = [p for p in pieces if all(i in r for i, r in zip(p.index, region[: len(p.index)], strict=True))]
         for done in [self.pool.submit(fill, piece) for piece in inside]:
@@ -187,7 +188,8 @@ def count_non_finite(values: np.ndarray) -> int:
     return int(np.count_nonzero((bits & integers(mask)) == mask))
 
 
-def _warn_of_non_finite(directory: Path, counts: dict[str, int]) -> None:
+def warn_of_non_finite(directory: Path, counts: dict[str, int]) -> None:
+    """Warns (`CheckpointWarning`) of tensors with NaN or infinity, given their counts by key."""
     if counts:
         listed = ", ".join(f"{key} ({count:,})" for key, count in sorted(counts.items())[:5])
         more = f" and {len(counts) - 5} more tensors" if len(counts) > 5 else ""

@@ -54,7 +54,7 @@ def _itemsize(dtype: str) -> int:
 
 
 def _whole_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
+    return isinstance(value, list) and len(value) <= 8 and all(type(v) is int and 0 <= v < 2**63 for v in value)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -104,6 +104,9 @@ def _object(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise _unreadable(path, f"{twice!r} appears twice in the header")
+    for name in result:
+        if any("\ud800" <= character <= "\udfff" for character in name):  # halves of a character: cannot be printed
+            raise _unreadable(path, f"the name {name!a} is not valid Unicode")
     return result
 
 
@@ -114,7 +117,7 @@ def _entry(path: Path, key: str, entry: Any, start: int) -> StoredTensor:
     if not isinstance(dtype, str) or (dtype not in DTYPES and dtype not in _OTHER_SIZES):
         raise _unreadable(path, f"{key}: dtype {str(dtype)[:50]!r} is unknown")
     if not _whole_numbers(shape):
-        raise _unreadable(path, f"{key}: shape {str(shape)[:200]} must be a list of whole numbers")
+        raise _unreadable(path, f"{key}: shape {str(shape)[:200]} must be a list of whole numbers, at most 8")
     if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _unreadable(path, f"{key}: data_offsets {str(offsets)[:200]} must be two ascending whole numbers")
     needed = math.prod(shape) * _itemsize(dtype)
@@ -154,14 +157,16 @@ class MappedFile:
 
     def view(self, tensor: StoredTensor) -> np.ndarray:
         """The tensor's values, read-only and without a copy."""
-        self._map.madvise(mmap.MADV_WILLNEED, *self._pages(tensor))
+        if tensor.nbytes:
+            self._map.madvise(mmap.MADV_WILLNEED, *self._pages(tensor))
         flat = np.frombuffer(self._map, np.uint8, tensor.nbytes, tensor.offset)
         return flat.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
 
     def release(self, tensor: StoredTensor) -> None:
         """Gives the tensor's pages back; reading them again is possible, and slower."""
-        self._map.madvise(mmap.MADV_DONTNEED, *self._pages(tensor))
+        if tensor.nbytes:
+            self._map.madvise(mmap.MADV_DONTNEED, *self._pages(tensor))
 
     def _pages(self, tensor: StoredTensor) -> tuple[int, int]:
         first = tensor.offset // mmap.PAGESIZE * mmap.PAGESIZE
-        return first, max(tensor.offset + tensor.nbytes - first, 1)
+        return first, tensor.offset + tensor.nbytes - first

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from hetmoe.checkpoint.pieces import checkpoint_keys
 from hetmoe.checkpoint.weight_files import INDEX, SINGLE
 from hetmoe.errors import InputError
-from hetmoe.files import write_text
+from hetmoe.files import make_directory, write_text
 from hetmoe.models.abstract import Leaf, abstract_params, is_leaf
 from hetmoe.models.hf_config import config_to_hf
 from hetmoe.models.model import Model
@@ -28,13 +28,15 @@ def save_model(directory: Path, model: Model, *, shard_bytes: int = SHARD_BYTES)
     place. Interrupted at any point it leaves the earlier model, or one that does not load for lack of weights.
 
     Raises:
-        InputError: if the directory holds an Orbax checkpoint, or shard_bytes is below 1.
+        InputError: if the directory holds an Orbax checkpoint or cannot be made, the family's config.json has no way to
+            say what the config says, or shard_bytes is below 1.
     """
     if shard_bytes < 1:
         raise InputError(f"shard_bytes={shard_bytes} must be at least 1")
     if (directory / "hetmoe.json").exists():
         raise InputError(f"{directory}: holds an Orbax checkpoint; choose another directory")
-    directory.mkdir(parents=True, exist_ok=True)
+    config = json.dumps(hub_config(model), indent=2) + "\n"  # before an earlier model is touched
+    make_directory(directory)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".weights-") as temporary:
         shards: list[tuple[Path, list[str]]] = []
         total = 0
@@ -47,7 +49,7 @@ def save_model(directory: Path, model: Model, *, shard_bytes: int = SHARD_BYTES)
         # The index first: alone it would make an older sharded model visible again.
         for old in [directory / INDEX, directory / SINGLE, *directory.glob("model-*-of-*.safetensors")]:
             old.unlink(missing_ok=True)
-        write_text(directory / "config.json", json.dumps(hub_config(model), indent=2) + "\n")
+        write_text(directory / "config.json", config)
         if model.tokenizer is not None:
             write_text(directory / "tokenizer.json", model.tokenizer.to_str(pretty=True))
         else:

@@ -1,5 +1,6 @@
 """Which files of a model directory hold its weights, and what is in them."""
 
+import re
 import threading
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from hetmoe.errors import InputError
 from hetmoe.models.hf_fields import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
 
 
@@ -88,8 +90,10 @@ def _sharded(directory: Path, index: Path) -> dict[str, StoredTensor]:
     if not isinstance(table, dict) or not table:
         raise InputError(f"{index}: weight_map must be an object of tensor names to file names")
     for key, name in table.items():
-        if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name:
-            raise InputError(f"{index}: {key}: file {name!r} must be the name of a .safetensors file beside the index")
+        if not isinstance(name, str) or not _SHARD.fullmatch(name):
+            raise InputError(
+                f"{index}: {key}: file {ascii(name)[:200]} must be the name of a .safetensors file beside the index"
+            )
     tensors: dict[str, StoredTensor] = {}
     for name in dict.fromkeys(table.values()):
         path = directory / name

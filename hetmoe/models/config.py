@@ -11,8 +11,12 @@ from hetmoe.errors import InputError
 Family = Literal["olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek", "deepseek_v2", "deepseek_v3"]
 
 
+# Limits that no model comes near, so that absurd sizes end at once.
+MAX_LAYERS, MAX_EXPERTS, MAX_SIZE = 10_000, 100_000, 2**40
+
+
 def _whole(value: object, least: int = 1) -> bool:
-    return type(value) is int and value >= least  # type() because a bool is an int
+    return type(value) is int and least <= value <= MAX_SIZE  # type() because a bool is an int
 
 
 def _positive(value: object) -> bool:
@@ -165,7 +169,11 @@ class ModelConfig:
             "vocab_size", "hidden_size", "expert_intermediate_size", "num_layers", "num_heads", "num_kv_heads",
             "head_dim", "num_experts", "experts_per_token", "max_position_embeddings",
         )  # fmt: skip
-        _check({n: getattr(self, n) for n in sizes}, _whole, "a whole number of at least 1")
+        _check({n: getattr(self, n) for n in sizes}, _whole, "a whole number of at least 1 and at most 2^40")
+        limits = (("num_layers", MAX_LAYERS), ("num_experts", MAX_EXPERTS))
+        for name, most in limits:
+            if getattr(self, name) > most:
+                raise InputError(f"model config: {name}={getattr(self, name)} must be at most {most}")
         optional = ("sliding_window", "shared_intermediate_size", "dense_intermediate_size")
         given = {n: v for n in optional if (v := getattr(self, n)) is not None}
         _check(given, _whole, "a whole number of at least 1, or None for off")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hetmoe.errors import InputError
-from hetmoe.models.config import LatentAttention, ModelConfig
+from hetmoe.models.config import MAX_LAYERS, LatentAttention, ModelConfig
 from hetmoe.models.hf_fields import Fields, read_json
 from hetmoe.models.hf_rope import rope_from_hf, rope_to_hf
 
@@ -25,11 +25,13 @@ def _common(f: Fields) -> dict[str, Any]:
     f.only("hidden_act", "silu")
     f.only("mlp_bias", False)
     f.only("partial_rotary_factor", 1.0, 1)
-    heads = f.get(int, "num_attention_heads")
+    heads, layers = f.get(int, "num_attention_heads"), f.get(int, "num_hidden_layers")
+    if layers > MAX_LAYERS:  # before anyone counts them
+        raise InputError(f"{f.source}: num_hidden_layers={layers} must be at most {MAX_LAYERS}")
     return {
         "vocab_size": f.get(int, "vocab_size"),
         "hidden_size": f.get(int, "hidden_size"),
-        "num_layers": f.get(int, "num_hidden_layers"),
+        "num_layers": layers,
         "max_position_embeddings": f.get(int, "max_position_embeddings"),
         "tie_embeddings": f.get(bool, "tie_word_embeddings", default=False),
         "rms_norm_eps": f.get(float, "rms_norm_eps"),
@@ -276,7 +278,10 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         InputError: if the family's `config.json` has no way to say what `config` says.
     """
     result = _to_hf(config)
-    again = config_from_hf(result)
+    try:
+        again = config_from_hf(result)
+    except InputError as error:
+        raise InputError(f"a config.json of model_type {config.family!r} cannot say this config: {error}") from None
     for field in dataclasses.fields(config):
         if getattr(again, field.name) != getattr(config, field.name):
             raise InputError(

@@ -72,8 +72,15 @@ def read_json(path: Path) -> Any:
         InputError: if it is absent, unreadable, not UTF-8, not JSON, or nested too deep.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repetition)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (ValueError, RecursionError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:  # not JSON, not UTF-8, nested too deep, not readable
         raise InputError(f"{path}: not readable as JSON ({error})") from None
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if len(set(names)) != len(names):
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} appears twice")
+    return dict(pairs)
