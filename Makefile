@@ -20,7 +20,7 @@ demo: $(VENV)/.installed  ## evaluate the embedded model on noisy crossbars: bui
 	$(VENV)/bin/hetmoe eval reference $(DEMO_ARGS)
 
 test: $(VENV)/.installed-test  ## run the tests; PYTEST_ARGS are passed on, for example PYTEST_ARGS='-m slow'
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test $(VENV)/.installed-dev  ## check style, format and types
 	@failed=0; \

@@ -70,7 +70,7 @@ def make(folder: Path) -> None:
     from hetmoe.checkpoint.pieces import checkpoint_keys, stored_shape
     from hetmoe.models.abstract import abstract_params, is_leaf
     from hetmoe.models.config import ModelConfig, Rope
-    from hetmoe.models.hf_config import config_to_hf
+    from hetmoe.models.hf_config_write import config_to_hf
 
     config = ModelConfig(
         family="olmoe", vocab_size=8192, hidden_size=2048, num_layers=5, max_position_embeddings=4096,
@@ -93,7 +93,7 @@ def make(folder: Path) -> None:
         for piece in checkpoint_keys(leaf):
             shape = stored_shape(leaf, piece)
             size = int(np.prod(shape))
-            start = len(table) + len(tensors) * 1009 % (block.size - size)
+            start = (len(table) + len(tensors)) * 1009 % (block.size - size)
             tensors[piece.key] = block[start : start + size].reshape(shape)
             if sum(t.nbytes for t in tensors.values()) > 1_000_000_000:
                 flush()

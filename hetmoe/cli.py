@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -14,10 +15,8 @@ _ROOT = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickExcept
 USAGE_ERRORS = cast("type[typer.BadParameter]", _ROOT)
 
 app = typer.Typer(
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Run mixture-of-experts language models with most experts on noisy analog crossbars.",
 )
 
 DEVICE_HELP = "pcm, hermes, hermes1, state_independent, reram_wan, reram_cmo, afm, additive or proportional."
@@ -33,6 +32,18 @@ RULE = Annotated[
 DOWN_AXIS = Annotated[str, typer.Option(help="What a neuron of 'down' is: hidden or output.")]
 TEXT = Annotated[Path | None, typer.Option(help="UTF-8 text; default: the embedded held-out text.")]
 SEQ = Annotated[int, typer.Option(help="Tokens predicted per window; windows do not overlap.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    """Run mixture-of-experts language models with most experts on noisy analog crossbars."""
+    if version:
+        print(f"hetmoe {metadata.version('hetmoe')}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command(epilog="Example: hetmoe info reference")
@@ -57,7 +68,11 @@ def place(
     down_axis: DOWN_AXIS = "hidden",
     dtype: DTYPE = None,
 ) -> None:
-    """Score experts and decide which stay digital."""
+    """Score experts and decide which stay digital.
+
+    Rules that need no text read the files of a checkpoint in under 1 GB of memory; the activation rules, and converted
+    (Orbax) checkpoints, load the model.
+    """
     from hetmoe.commands.place import run
 
     run(model, rule, digital, output, text, tokens, seq, seed, down_axis, dtype)

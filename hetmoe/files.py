@@ -9,6 +9,8 @@ from hetmoe.errors import InputError
 
 def check_writable(path: Path) -> None:
     """Raises InputError unless a file can be made at `path`. Call it before long work; it makes nothing itself."""
+    if len(path.name.encode()) > 255:
+        raise InputError(f"{path.name[:40]}...: a file name of more than 255 bytes")
     if path.is_dir():
         raise InputError(f"{path}: is a directory; name a file")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
@@ -30,7 +32,10 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Writes through a temporary file in the same folder, so that a reader never sees half a file."""
     check_writable(path)
     make_directory(path.parent)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:60]}-")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)

@@ -37,14 +37,17 @@ def download(hub_id: str) -> Path:
     except GatedRepoError:
         reason = f"needs permission: ask for it on https://huggingface.co/{name}, then run 'hf auth login'"
     except RevisionNotFoundError:
-        reason = f"has no revision {revision!r}"
+        reason = f"has no revision {revision!r} there"
     except RepositoryNotFoundError:
-        reason = "there is no such model on the hub, or it is private: check the name, or run 'hf auth login'"
+        reason = "does not exist or is private: check the name, or run 'hf auth login'"
     except HFValidationError as error:
         reason = f"is not a valid name on the hub ({str(error).splitlines()[0]})"
     except Exception as error:  # noqa: BLE001 (the client, its transfer library and its network library raise many kinds)
-        reason = (
-            "is not in the local cache and the hub cannot be reached; on a machine with access run "
-            f"'hf download {name} --local-dir DIR' and give DIR here ({type(error).__name__})"
-        )
-    raise InputError(f"model {hub_id!r}: {reason}")
+        if isinstance(error, OSError) and error.errno is not None:
+            reason = f"cannot be stored in the hub's cache ({error.strerror})"
+        else:
+            reason = (
+                "is not in the hub's cache and the hub cannot be reached; on a machine with access run "
+                f"'hf download {name} --local-dir DIR' and give DIR here ({type(error).__name__})"
+            )
+    raise InputError(f"model {hub_id!r}: no such directory, and as a name on the hub it {reason}")

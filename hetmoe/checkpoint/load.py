@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from hetmoe.checkpoint import orbax_directory
 from hetmoe.checkpoint.hub import download, looks_like_hub_id
-from hetmoe.checkpoint.placement import param_shardings
+from hetmoe.checkpoint.mesh import param_shardings
 from hetmoe.checkpoint.read import read_params
 from hetmoe.checkpoint.storage import FLOATS, Storage, storage_from_hf
 from hetmoe.checkpoint.weight_files import WeightFiles, inside, open_weights
@@ -120,7 +120,7 @@ def load_model(name_or_dir: str | Path, dtype: Any = None, *, mesh: jax.sharding
         dtype: dtype of the parameters (`"float32"`, `jnp.bfloat16`, ...); None = as stored. Block-wise FP8 weights are
             dequantised to it; float64 weights are rounded to float32 first.
         mesh: devices to spread the parameters over: a mesh axis shards the axes of the same name
-            (`hetmoe.checkpoint.placement`); None = the default device.
+            (`hetmoe.checkpoint.mesh`); None = the default device.
 
     Raises:
         InputError: for a missing or malformed file, an unsupported architecture or option, a missing, unknown or

@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import tempfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from hetmoe.checkpoint.read import count_non_finite, warn_of_non_finite
+from hetmoe.checkpoint.weight_files import inside
 from hetmoe.errors import InputError
 from hetmoe.files import make_directory
 from hetmoe.models.abstract import Leaf, abstract_params, is_leaf
 from hetmoe.models.config import ModelConfig
-from hetmoe.models.hf_config import config_from_hf, config_to_hf
+from hetmoe.models.hf_config import config_from_hf
+from hetmoe.models.hf_config_write import config_to_hf
 from hetmoe.models.hf_fields import read_json
 from hetmoe.models.model import Model
 from hetmoe.models.params import Params
@@ -45,7 +49,7 @@ def write(directory: Path, model: Model) -> None:
     """Writes a model as an Orbax checkpoint, in the dtype it has.
 
     Everything goes to a temporary directory beside the target, the record last, and is then renamed: whenever it is
-    interrupted, the target is absent or complete, and the temporary directory does not load.
+    interrupted, the target is absent or complete, and a temporary directory without its record does not load.
 
     Raises:
         InputError: if the target exists and is not empty, or its folder cannot be made.
@@ -53,7 +57,10 @@ def write(directory: Path, model: Model) -> None:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory}: exists; choose another output or remove it first")
     make_directory(directory.parent)
-    temporary = Path(tempfile.mkdtemp(dir=directory.parent.absolute(), prefix=f".{directory.name}.partial-"))
+    try:
+        temporary = Path(tempfile.mkdtemp(dir=directory.parent.absolute(), prefix=f".{directory.name[:60]}.partial-"))
+    except OSError as error:
+        raise InputError(f"{directory}: cannot be written ({error.strerror})") from None
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(temporary / TREE, model.params)
@@ -65,7 +72,7 @@ def write(directory: Path, model: Model) -> None:
             "dtype": str(model.params.embed.dtype),
             "eos_token_id": model.eos_token_id,
             "bos_token_id": model.bos_token_id,
-            "files": _sizes(temporary / TREE),
+            "files": _digests(temporary / TREE),
         }
         (temporary / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         temporary.chmod(0o755)
@@ -78,17 +85,16 @@ def read_record(directory: Path) -> Record:
     """The record of a conversion.
 
     Raises:
-        InputError: if it is malformed, or files of the tree are missing or have another size.
+        InputError: if it is malformed, or files of the tree are missing, damaged or lead out of the directory.
     """
-    path = directory / RECORD
+    path = inside(directory, directory / RECORD)
     content = read_json(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{path}: not of format {FORMAT!r}; make one with 'hetmoe convert'")
     if content.get("dtype") not in ("float32", "bfloat16", "float16"):
         raise InputError(f"{path}: dtype {content.get('dtype')!r} must be float32, bfloat16 or float16")
     config = config_from_hf(content.get("config", {}), source=str(path))
-    if content.get("files") != _sizes(directory / TREE):
-        raise InputError(f"{directory / TREE}: files are not those that {RECORD} lists, or changed; convert again")
+    _check_files(directory, content.get("files"))
     ids = {name: content.get(name) for name in ("eos_token_id", "bos_token_id")}
     for name, value in ids.items():
         if value is not None and (type(value) is not int or not 0 <= value < config.vocab_size):
@@ -96,9 +102,34 @@ def read_record(directory: Path) -> Record:
     return Record(config=config, dtype=content["dtype"], **ids)
 
 
-def _sizes(tree: Path) -> dict[str, int]:
-    """Bytes of every file of the tree. Damage is told from them before Orbax starts: it fails noisily."""
-    return {str(p.relative_to(tree)): p.stat().st_size for p in sorted(tree.rglob("*")) if p.is_file()}
+def _digests(tree: Path) -> dict[str, list[int]]:
+    """Size and CRC-32 of every file of the tree: Orbax itself loads flipped bits, and fails noisily on other damage."""
+    files = [path for path in sorted(tree.rglob("*")) if not path.is_dir()]
+    for path in files:
+        inside(tree.parent, path)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        checks = list(pool.map(_crc32, files))
+    return {str(p.relative_to(tree)): [p.stat().st_size, check] for p, check in zip(files, checks, strict=True)}
+
+
+def _crc32(path: Path) -> int:
+    check = 0
+    with path.open("rb", buffering=0) as file:
+        while part := file.read(1 << 24):
+            check = zlib.crc32(part, check)
+    return check
+
+
+def _check_files(directory: Path, recorded: Any) -> None:
+    found = _digests(directory / TREE)
+    if found == recorded:
+        return
+    listed: dict[str, Any] = recorded if isinstance(recorded, dict) else {}
+    wrong = next(name for name in sorted(found | listed) if found.get(name) != listed.get(name))
+    raise InputError(
+        f"{directory / TREE / wrong}: {RECORD} lists [size, CRC-32] {listed.get(wrong)}, found {found.get(wrong)}: the "
+        "checkpoint is damaged; convert again"
+    )
 
 
 def read_params(directory: Path, record: Record, dtype: Any, shardings: Params | None) -> Params:
@@ -119,7 +150,7 @@ def read_params(directory: Path, record: Record, dtype: Any, shardings: Params |
     tree = (directory / TREE).absolute()
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            _check_tree(tree, checkpointer.metadata(tree), targets)
+            _check_tree(tree, checkpointer.metadata(tree), targets, record)
             params = checkpointer.restore(tree, targets)
     except InputError:
         raise
@@ -134,14 +165,18 @@ def read_params(directory: Path, record: Record, dtype: Any, shardings: Params |
     return params
 
 
-def _check_tree(tree: Path, metadata: Any, targets: Params) -> None:
-    """Compares the stored shapes with those of the config, before memory is taken."""
+def _check_tree(tree: Path, metadata: Any, targets: Params, record: Record) -> None:
+    """Compares stored shapes and dtypes with those of the record, before memory is taken."""
+    leaves = jax.tree.leaves(abstract_params(record.config), is_leaf=is_leaf)
     found = {jax.tree_util.keystr(p): m for p, m in jax.tree_util.tree_leaves_with_path(metadata.item_metadata.tree)}
-    for path, target in jax.tree_util.tree_leaves_with_path(targets):
+    for (path, target), leaf in zip(jax.tree_util.tree_leaves_with_path(targets), leaves, strict=True):
         key = "".join(f"['{part.name}']" for part in path)
         if key not in found:
             raise InputError(f"{tree}: parameter {key} is missing")
-        shape = tuple(found.pop(key).shape)
+        stored = found.pop(key)
+        shape, dtype = tuple(stored.shape), np.dtype(leaf.dtype(record.dtype))
+        if np.dtype(stored.dtype) != dtype:
+            raise InputError(f"{tree}: parameter {key} is stored as {stored.dtype}, {RECORD} says {dtype}")
         if shape != target.shape:
             raise InputError(f"{tree}: parameter {key} has shape {list(shape)}, expected {list(target.shape)}")
     if found:

@@ -101,10 +101,16 @@ def match(leaves: list[Leaf], config: ModelConfig, files: WeightFiles, storage: 
     pieces = [pieces_of(leaf, names_of(config.family), found) for leaf in leaves]
     wanted = {piece.key for group in pieces for piece in group}
     if missing := sorted(wanted - found):
-        raise InputError(f"{files.directory}: {len(missing)} tensors are missing, the first is {missing[0]}")
+        owners = {piece.key: (leaf, piece) for leaf, group in zip(leaves, pieces, strict=True) for piece in group}
+        shape = stored_shape(*owners[missing[0]])
+        raise InputError(
+            f"{files.directory}: {len(missing)} tensors are missing in its weight files, the first is {missing[0]} "
+            f"{list(shape)}"
+        )
     scales = {key + SUFFIX for key in wanted if files.tensors[key].dtype == "F8_E4M3"}
     if missing := sorted(scales - found):
-        raise InputError(f"{files.directory}: FP8 weights without scales, the first is {missing[0]}")
+        weight = missing[0].removesuffix(SUFFIX)
+        raise InputError(f"{files.where(weight)} is stored as FP8, but there is no {missing[0]} with its scales")
     skipped = {key for key in found if _skipped(key, config, files, storage)}
     if unknown := sorted(found - wanted - scales - skipped):
         raise InputError(
@@ -116,8 +122,8 @@ def match(leaves: list[Leaf], config: ModelConfig, files: WeightFiles, storage: 
             _check(leaf, piece, files, storage)
     if extra := sorted({int(m[1]) for key in skipped if (m := _LAYER.match(key)) and int(m[1]) >= config.num_layers}):
         warnings.warn(
-            f"{files.directory}: layers {', '.join(map(str, extra))} predict further tokens (num_nextn_predict_layers) "
-            "and are left out: logits of the next token do not depend on them",
+            f"{files.directory}: left out {len(extra)} layer(s) that predict further tokens (multi-token prediction), "
+            f"{', '.join(f'model.layers.{i}' for i in extra)}: logits of the next token do not depend on them",
             CheckpointWarning,
             stacklevel=2,
         )
@@ -133,12 +139,20 @@ def _skipped(key: str, config: ModelConfig, files: WeightFiles, storage: Storage
         same = embed in files.tensors and files.tensors[embed].shape == files.tensors[key].shape
         same = same and files.tensors[embed].dtype == files.tensors[key].dtype and files.tensors[key].dtype in DTYPES
         same = same and len(files.tensors[key].shape) == 2
-        # Compared as bytes: equal NaN are equal.
-        if not same or not np.array_equal(files.view(embed).view(np.uint8), files.view(key).view(np.uint8)):
+        if not same or not _same_bytes(files, embed, key):
             raise InputError(f"{files.where(key)} differs from {embed}, but config.json has tie_word_embeddings=true")
         return True
     layer = _LAYER.match(key)
     return layer is not None and config.num_layers <= int(layer[1]) < config.num_layers + storage.extra_layers
+
+
+def _same_bytes(files: WeightFiles, left: str, right: str) -> bool:
+    """Whether two tensors of one shape and dtype are equal bit by bit (equal NaN are equal), 16 MB at a time."""
+    a, b = (files.view(key).reshape(-1).view(np.uint8) for key in (left, right))
+    same = all(np.array_equal(a[i : i + (1 << 24)], b[i : i + (1 << 24)]) for i in range(0, a.size, 1 << 24))
+    for key in (left, right):
+        files.release(key)
+    return same
 
 
 def _check(leaf: Leaf, piece: Piece, files: WeightFiles, storage: Storage) -> None:

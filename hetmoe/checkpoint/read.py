@@ -24,6 +24,8 @@ from hetmoe.models.config import ModelConfig
 from hetmoe.models.params import Params
 
 _HUGE = 1 << 21  # bytes of a huge page
+_BAND = 1 << 24  # bytes that are turned at once
+_COUNTED = 1 << 19  # values that are looked at for NaN at once
 
 
 def read_params(
@@ -67,15 +69,13 @@ def target_dtype(files: WeightFiles, pieces: dict[Leaf, list[Piece]], storage: S
     """
     if dtype is not None:
         return np.dtype(dtype)
-    stored = {files.tensors[p.key].dtype for leaf, group in pieces.items() if not leaf.float32 for p in group}
-    if len(stored) == 1 and stored <= {"F32", "BF16", "F16"}:
-        return DTYPES[stored.pop()]
+    stored = {files.tensors[p.key].dtype: p.key for leaf, group in pieces.items() if not leaf.float32 for p in group}
+    if len(stored) == 1 and stored.keys() <= {"F32", "BF16", "F16"}:
+        return DTYPES[next(iter(stored))]
     if storage.dtype is not None:
         return np.dtype(storage.dtype)
-    raise InputError(
-        f"{files.directory}: stored as {', '.join(sorted(stored))} and config.json names no dtype; "
-        "choose one with dtype="
-    )
+    found = ", ".join(f"{name} ({key})" for name, key in sorted(stored.items()))
+    raise InputError(f"{files.directory}: stored as {found}, and config.json names no dtype; choose one with dtype=")
 
 
 def load_leaf(files: WeightFiles, storage: Storage, leaf: Leaf, pieces: list[Piece], dtype: np.dtype) -> np.ndarray:
@@ -129,7 +129,6 @@ class _Reader:
         if bad := count_non_finite(target):
             with self._lock:
                 self.non_finite[piece.key] = self.non_finite.get(piece.key, 0) + bad
-        self.files.release(piece.key)
 
 
 def stored_matrices(
@@ -138,7 +137,8 @@ def stored_matrices(
     """The matrices (or the vector) of a piece as stored, `[output, input]`, each with its expert number.
 
     The number is None for a tensor of one expert or none; `experts` selects from a tensor that stacks them. FP8 values
-    come dequantised to `dtype`, all others in their stored dtype and without a copy.
+    come dequantised to `dtype`, all others in their stored dtype and without a copy. Pages are given back once the next
+    matrix is asked for.
     """
     stored = files.view(piece.key)
     scales = files.view(piece.key + SUFFIX) if stored.dtype.itemsize == 1 else None
@@ -151,9 +151,13 @@ def stored_matrices(
 
     if stored.ndim < 3:
         yield None, one(stored, scales)
-        return
-    for number in range(len(stored)) if experts is None else experts:
-        yield number, one(stored[number], None if scales is None else scales[number])
+        files.release(piece.key)
+    else:
+        for number in range(len(stored)) if experts is None else experts:
+            yield number, one(stored[number], None if scales is None else scales[number])
+            files.release(piece.key, number)
+    if scales is not None:
+        files.release(piece.key + SUFFIX)
 
 
 def copy_transposed(target: np.ndarray, source: np.ndarray) -> None:
@@ -162,8 +166,10 @@ def copy_transposed(target: np.ndarray, source: np.ndarray) -> None:
         cpu = jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX was told to leave the CPU out
         target[...] = source.T
-    else:
-        target[...] = np.asarray(jax.device_put(source.T, cpu))
+        return
+    rows = max(1, _BAND // max(source[:1].nbytes, 1))  # so that no second copy of a large matrix is made
+    for start in range(0, len(source), rows):
+        target[:, start : start + rows] = np.asarray(jax.device_put(source[start : start + rows].T, cpu))
 
 
 def host_memory(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -184,8 +190,9 @@ def count_non_finite(values: np.ndarray) -> int:
     integers, mask = {
         "float32": (np.uint32, 0x7F800000), "bfloat16": (np.uint16, 0x7F80), "float16": (np.uint16, 0x7C00),
     }[str(values.dtype)]  # fmt: skip
-    bits = values.view(integers)
-    return int(np.count_nonzero((bits & integers(mask)) == mask))
+    bits = values.view(integers).reshape(-1)
+    parts = (bits[i : i + _COUNTED] for i in range(0, bits.size, _COUNTED))
+    return sum(int(np.count_nonzero((part & integers(mask)) == mask)) for part in parts)
 
 
 def warn_of_non_finite(directory: Path, counts: dict[str, int]) -> None:

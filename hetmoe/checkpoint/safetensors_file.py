@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from hetmoe.errors import InputError
+from hetmoe.models.hf_fields import repeated_name
 
-MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+MAX_HEADER = 32_000_000  # bytes; all of DeepSeek-V3 in one file would need 14 million
+_READ_AHEAD = 1 << 28  # bytes; larger tensors are left to the system, which reads ahead as they are used
 
 # Stored dtypes that hold weights.
 DTYPES: dict[str, np.dtype] = {
@@ -68,7 +70,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER):
+            if size < 8:
+                raise _unreadable(path, f"it has {size} bytes; the length of the header alone takes 8")
+            if length > min(size - 8, MAX_HEADER):
                 raise _unreadable(
                     path,
                     f"the header is said to have {length:,} bytes; the file has {size:,}, the limit is {MAX_HEADER:,}",
@@ -78,6 +82,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raise InputError(f"{path}: no such file") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    if text.count(b"[") > 2 * text.count(b'"data_offsets"') + 1000:  # parsed, it could fill memory
+        raise _unreadable(path, "the header holds more lists than shapes and offsets")
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=lambda pairs: _object(path, pairs))
     except InputError:
@@ -101,9 +107,7 @@ def _unreadable(path: Path, reason: str) -> InputError:
 def _object(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _unreadable(path, f"{twice!r} appears twice in the header")
+        raise _unreadable(path, f"{repeated_name(pairs)!r} appears twice in the header")
     for name in result:
         if any("\ud800" <= character <= "\udfff" for character in name):  # halves of a character: cannot be printed
             raise _unreadable(path, f"the name {name!a} is not valid Unicode")
@@ -157,16 +161,23 @@ class MappedFile:
 
     def view(self, tensor: StoredTensor) -> np.ndarray:
         """The tensor's values, read-only and without a copy."""
-        if tensor.nbytes:
-            self._map.madvise(mmap.MADV_WILLNEED, *self._pages(tensor))
+        if tensor.offset + tensor.nbytes > len(self._map):
+            raise InputError(f"{tensor.path}: {tensor.key}: the file was cut short after its header was read")
+        if 0 < tensor.nbytes <= _READ_AHEAD:
+            self._map.madvise(mmap.MADV_WILLNEED, *self._pages(tensor.offset, tensor.nbytes))
         flat = np.frombuffer(self._map, np.uint8, tensor.nbytes, tensor.offset)
         return flat.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
 
-    def release(self, tensor: StoredTensor) -> None:
-        """Gives the tensor's pages back; reading them again is possible, and slower."""
-        if tensor.nbytes:
-            self._map.madvise(mmap.MADV_DONTNEED, *self._pages(tensor))
+    def release(self, tensor: StoredTensor, row: int | None = None) -> None:
+        """Gives the pages of a tensor, or of one of its rows, back; reading them again is possible, and slower."""
+        offset, size = tensor.offset, tensor.nbytes
+        if row is not None:
+            size //= tensor.shape[0]
+            offset += row * size
+        if size:
+            self._map.madvise(mmap.MADV_DONTNEED, *self._pages(offset, size))
 
-    def _pages(self, tensor: StoredTensor) -> tuple[int, int]:
-        first = tensor.offset // mmap.PAGESIZE * mmap.PAGESIZE
-        return first, tensor.offset + tensor.nbytes - first
+    @staticmethod
+    def _pages(offset: int, size: int) -> tuple[int, int]:
+        first = offset // mmap.PAGESIZE * mmap.PAGESIZE
+        return first, offset + size - first

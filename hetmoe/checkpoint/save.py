@@ -10,18 +10,19 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
+from hetmoe.checkpoint import orbax_directory
 from hetmoe.checkpoint.pieces import checkpoint_keys
 from hetmoe.checkpoint.weight_files import INDEX, SINGLE
 from hetmoe.errors import InputError
 from hetmoe.files import make_directory, write_text
 from hetmoe.models.abstract import Leaf, abstract_params, is_leaf
-from hetmoe.models.hf_config import config_to_hf
+from hetmoe.models.hf_config_write import config_to_hf
 from hetmoe.models.model import Model
 
 SHARD_BYTES = 2_000_000_000  # most data in one file; also the memory that saving needs beside the parameters
 
 
-def save_model(directory: Path, model: Model, *, shard_bytes: int = SHARD_BYTES) -> None:
+def save_model(directory: str | Path, model: Model, *, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes a model directory that `load_model` and transformers read, with the hub's names, one tensor per expert.
 
     Weights are written under temporary names; then those of an earlier model are removed and the new ones take their
@@ -31,9 +32,10 @@ def save_model(directory: Path, model: Model, *, shard_bytes: int = SHARD_BYTES)
         InputError: if the directory holds an Orbax checkpoint or cannot be made, the family's config.json has no way to
             say what the config says, or shard_bytes is below 1.
     """
+    directory = Path(directory)
     if shard_bytes < 1:
         raise InputError(f"shard_bytes={shard_bytes} must be at least 1")
-    if (directory / "hetmoe.json").exists():
+    if (directory / orbax_directory.RECORD).exists():
         raise InputError(f"{directory}: holds an Orbax checkpoint; choose another directory")
     config = json.dumps(hub_config(model), indent=2) + "\n"  # before an earlier model is touched
     make_directory(directory)

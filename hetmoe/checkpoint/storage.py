@@ -33,6 +33,8 @@ def storage_from_hf(config: Mapping[str, Any], *, source: str) -> Storage:
         raise InputError(f"{source}: num_nextn_predict_layers={extra} must be at least 0")
     quantization = fields.get(dict, "quantization_config", default=None)
     block = None if quantization is None else _fp8_block(quantization, source)
+    if dtype is not None and dtype not in (*FLOATS, "float64", "float8_e4m3fn"):
+        raise InputError(f"{source}: dtype {dtype!r} is not supported (supported: {', '.join(FLOATS)})")
     return Storage(dtype=dtype if dtype in FLOATS else None, fp8_block=block, extra_layers=extra)
 
 
@@ -42,7 +44,10 @@ def _fp8_block(quantization: dict[str, Any], source: str) -> tuple[int, int]:
     fields.only("fmt", "e4m3")
     if fields.get(str, "quant_method", default=None) is None:
         raise InputError(f"{source}: quantization_config without quant_method is not supported (supported: 'fp8')")
+    fields.only("activation_scheme", "dynamic")
+    fields.ignore("modules_to_not_convert", "ignored_layers", "scale_fmt", "dequantize")
     block = fields.get(list, "weight_block_size")
+    fields.refuse_unread()
     if len(block) != 2 or any(type(b) is not int or b < 1 for b in block):
         raise InputError(f"{source}: weight_block_size={block} must be two whole numbers of at least 1")
     return block[0], block[1]

@@ -27,9 +27,9 @@ class WeightFiles:
         """Values of a tensor, read-only, straight from the file's pages."""
         return self._file(key).view(self.tensors[key])
 
-    def release(self, key: str) -> None:
-        """Gives back the pages of a tensor that was read."""
-        self._file(key).release(self.tensors[key])
+    def release(self, key: str, row: int | None = None) -> None:
+        """Gives back the pages of a tensor that was read, or of one of its rows."""
+        self._file(key).release(self.tensors[key], row)
 
     def where(self, key: str) -> str:
         """File and key, for messages."""

@@ -17,7 +17,7 @@ from hetmoe.files import check_writable
 from hetmoe.models.config import ModelConfig
 from hetmoe.models.model import model_fingerprint
 from hetmoe.placement.plan import Plan, digital_count, place
-from hetmoe.placement.plan_file import save_plan
+from hetmoe.placement.plan_file import write_plan
 from hetmoe.placement.scores import RULES, check_down_axis, score_experts
 from hetmoe.placement.streaming import STREAMED, stream_scores
 
@@ -58,7 +58,7 @@ def run(
             "rule": rule, "digital_fraction": fraction, "down_axis": down_axis if rule == "max_neuron_norm" else None,
             "seed": seed if rule == "random" else None, "scores": scores.astype(float).round(6).tolist(),
         }  # fmt: skip
-        save_plan(output, plan, name=name, fingerprint=identity, made_by=made_by)
+        write_plan(output, plan, name=name, fingerprint=identity, made_by=made_by)
         console.print(f"plan: {output}")
 
 

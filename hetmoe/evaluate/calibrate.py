@@ -45,6 +45,8 @@ def calibrate(
     """
     if tokens.ndim != 2 or tokens.shape[0] < 1 or batch < 1:
         raise InputError(f"calibration needs tokens [sequences, seq] and batch >= 1, got {list(tokens.shape)}, {batch}")
+    if not isinstance(how, RangeMethod):
+        raise InputError(f"calibration method {how!r} must be a RangeMethod, such as hetmoe.RangeMethod()")
     check_tokens(tokens, config)
     batches: list[Any] = []
     for start in range(0, tokens.shape[0], batch):

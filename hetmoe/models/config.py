@@ -174,6 +174,11 @@ class ModelConfig:
         for name, most in limits:
             if getattr(self, name) > most:
                 raise InputError(f"model config: {name}={getattr(self, name)} must be at most {most}")
+        if self.num_layers * self.num_experts > 2 * MAX_EXPERTS:
+            raise InputError(
+                f"model config: num_layers={self.num_layers} times num_experts={self.num_experts} must be at most "
+                f"{2 * MAX_EXPERTS}"
+            )
         optional = ("sliding_window", "shared_intermediate_size", "dense_intermediate_size")
         given = {n: v for n in optional if (v := getattr(self, n)) is not None}
         _check(given, _whole, "a whole number of at least 1, or None for off")

@@ -1,6 +1,5 @@
-"""`config.json` of the supported families, in the spellings of transformers 4 and 5, to and from `ModelConfig`."""
+"""Reading the `config.json` of the supported families, in the spellings of transformers 4 and 5."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,15 +7,18 @@ from typing import Any
 from hetmoe.errors import InputError
 from hetmoe.models.config import MAX_LAYERS, LatentAttention, ModelConfig
 from hetmoe.models.hf_fields import Fields, read_json
-from hetmoe.models.hf_rope import rope_from_hf, rope_to_hf
+from hetmoe.models.hf_rope import rope_from_hf
 
-# Bookkeeping, training options and sampling defaults: none of them changes the logits of a text.
+# Bookkeeping, training options and sampling defaults: none of them changes the logits of a text. (max_window_layers
+# counts only with alternating windows, which are refused.)
 _HARMLESS = (
-    "_name_or_path", "architectures", "attention_dropout", "auto_map", "aux_loss_alpha", "bos_token_id", "dtype",
-    "eos_token_id", "ep_size", "generation_config", "initializer_range", "max_window_layers", "model_type",
-    "num_mtp_layers", "num_nextn_predict_layers", "output_router_logits", "pad_token_id", "pretraining_tp",
-    "quantization_config", "router_aux_loss_coef", "router_jitter_noise", "seq_aux", "torch_dtype",
-    "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",
+    "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "attention_dropout",
+    "auto_map", "aux_loss_alpha", "bos_token_id", "do_sample", "dtype", "eos_token_id", "ep_size",
+    "generation_config", "initializer_range", "max_length", "max_window_layers", "model_type", "num_mtp_layers",
+    "num_nextn_predict_layers", "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
+    "pretraining_tp", "quantization_config", "return_dict", "router_aux_loss_coef", "router_jitter_noise",
+    "seq_aux", "temperature", "top_p", "torch_dtype", "transformers_version", "unsloth_fixed", "unsloth_version",
+    "use_cache",
 )  # fmt: skip
 
 
@@ -105,14 +107,18 @@ def _qwen2_moe(f: Fields) -> dict[str, Any]:
     # Its window alternates between layers; without use_sliding_window the width is not used.
     f.only("use_sliding_window", False)
     f.ignore("sliding_window")
-    types = f.get(list, "layer_types", default=[])
-    if any(t != "full_attention" for t in types):
-        raise InputError(f"{f.source}: layer_types={types} is not supported (supported: 'full_attention' everywhere)")
+    _only_full_attention(f)
     return _qwen(f) | {
         "qkv_bias": f.get(bool, "qkv_bias", default=True),
         "shared_intermediate_size": f.get(int, "shared_expert_intermediate_size"),
         "shared_gate": True,
     }
+
+
+def _only_full_attention(f: Fields) -> None:
+    types = f.get(list, "layer_types", default=[])
+    if any(t != "full_attention" for t in types):
+        raise InputError(f"{f.source}: layer_types={types} is not supported (supported: 'full_attention' everywhere)")
 
 
 def _qwen3_moe(f: Fields) -> dict[str, Any]:
@@ -121,6 +127,9 @@ def _qwen3_moe(f: Fields) -> dict[str, Any]:
     if used and window is None:
         raise InputError(f"{f.source}: use_sliding_window=True needs sliding_window")
     bias = f.get(bool, "attention_bias", default=False)
+    for name, only in (("qkv_bias", False), ("use_qk_norm", True), ("shared_expert_intermediate_size", 0)):
+        f.only(name, only)  # some files spell out what the family is
+    _only_full_attention(f)
     return _qwen(f) | {
         "qk_norm": "head",
         "qkv_bias": bias,
@@ -145,13 +154,15 @@ def _deepseek_moe(f: Fields) -> dict[str, Any]:
     width = f.get(int, "intermediate_size", default=None)
     if dense and width is None:
         raise InputError(f"{f.source}: field 'intermediate_size' is missing, the width of the dense layers {dense}")
-    bias = f.get(bool, "attention_bias", default=False)
+    bias, normed = f.get(bool, "attention_bias", default=False), f.get(bool, "norm_topk_prob")
+    if normed and common["experts_per_token"] == 1:  # published codes disagree on whether one weight becomes 1
+        raise InputError(f"{f.source}: norm_topk_prob=True is not supported with num_experts_per_tok=1")
     return common | {
         "output_bias": bias,
         "qkv_bias": bias,
         "num_experts": f.get(int, "n_routed_experts", "num_experts", "num_local_experts"),
         "expert_intermediate_size": inner,
-        "norm_topk_prob": f.get(bool, "norm_topk_prob"),
+        "norm_topk_prob": normed,
         "shared_intermediate_size": None if shared is None else shared * inner,
         "dense_layers": dense,
         "dense_intermediate_size": width if dense else None,
@@ -160,6 +171,7 @@ def _deepseek_moe(f: Fields) -> dict[str, Any]:
 
 def _deepseek(f: Fields) -> dict[str, Any]:
     f.only("scoring_func", "softmax")
+    f.only("routed_scaling_factor", 1.0, 1)
     config = _deepseek_moe(f)
     return config | {"head_dim": _head_dim(f, config), "rope": rope_from_hf(f, yarn=False)}
 
@@ -221,6 +233,17 @@ def _deepseek_v3(f: Fields) -> dict[str, Any]:
     }  # fmt: skip
 
 
+ARCHITECTURES = {
+    "olmoe": "OlmoeForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "deepseek": "DeepseekForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+}
+
+
 _READERS: dict[str, Callable[[Fields], dict[str, Any]]] = {
     "olmoe": _olmoe,
     "mixtral": _mixtral,
@@ -243,8 +266,11 @@ def config_from_hf(config: Mapping[str, Any], *, source: str = "config.json") ->
     fields = Fields(config, source)
     family = config.get("model_type")
     reader = _READERS.get(family) if isinstance(family, str) else None
-    if reader is None:
+    if not isinstance(family, str) or reader is None:
         raise InputError(f"{source}: model_type {family!r} is not supported (supported: {', '.join(_READERS)})")
+    named = fields.get(list, "architectures", default=[ARCHITECTURES[family]])
+    if ARCHITECTURES[family] not in named:
+        raise InputError(f"{source}: architectures={named} contradicts model_type {family!r} ({ARCHITECTURES[family]})")
     try:
         values = reader(fields)
         fields.refuse_unread()
@@ -258,126 +284,3 @@ def config_from_hf(config: Mapping[str, Any], *, source: str = "config.json") ->
 def config_from_file(path: Path) -> ModelConfig:
     """Reads a `config.json`. Raises InputError for a file that is absent, not JSON, or not supported."""
     return config_from_hf(read_json(path), source=str(path))
-
-
-_ARCHITECTURES = {
-    "olmoe": "OlmoeForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "qwen2_moe": "Qwen2MoeForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "deepseek": "DeepseekForCausalLM",
-    "deepseek_v2": "DeepseekV2ForCausalLM",
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-}
-
-
-def config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The `config.json` content that `config_from_hf` reads back to an equal config, in the hub's spelling.
-
-    Raises:
-        InputError: if the family's `config.json` has no way to say what `config` says.
-    """
-    result = _to_hf(config)
-    try:
-        again = config_from_hf(result)
-    except InputError as error:
-        raise InputError(f"a config.json of model_type {config.family!r} cannot say this config: {error}") from None
-    for field in dataclasses.fields(config):
-        if getattr(again, field.name) != getattr(config, field.name):
-            raise InputError(
-                f"a config.json of model_type {config.family!r} cannot say {field.name}={getattr(config, field.name)!r}"
-            )
-    return result
-
-
-def _to_hf(config: ModelConfig) -> dict[str, Any]:
-    family = config.family
-    result: dict[str, Any] = {
-        "architectures": [_ARCHITECTURES[family]],
-        "model_type": family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "num_experts_per_tok": config.experts_per_token,
-        "rms_norm_eps": config.rms_norm_eps,
-        **rope_to_hf(config.rope),
-        "max_position_embeddings": config.max_position_embeddings,
-        "tie_word_embeddings": config.tie_embeddings,
-        "hidden_act": "silu",
-    }
-    if config.latent is None:
-        result["head_dim"] = config.head_dim
-    if family != "mixtral":
-        result["norm_topk_prob"] = config.norm_topk_prob
-    if family == "olmoe":
-        return result | {
-            "attention_bias": False,
-            "clip_qkv": config.clip_qkv,
-            "intermediate_size": config.expert_intermediate_size,
-            "num_experts": config.num_experts,
-        }
-    if family == "mixtral":
-        return result | {
-            "intermediate_size": config.expert_intermediate_size,
-            "num_local_experts": config.num_experts,
-            "sliding_window": config.sliding_window,
-        }
-    result |= {
-        "intermediate_size": config.dense_intermediate_size or config.expert_intermediate_size,
-        "moe_intermediate_size": config.expert_intermediate_size,
-    }
-    if family in ("qwen2_moe", "qwen3_moe"):
-        return result | _qwen_to_hf(config)
-    return result | _deepseek_to_hf(config)
-
-
-def _qwen_to_hf(config: ModelConfig) -> dict[str, Any]:
-    result: dict[str, Any] = {
-        "num_experts": config.num_experts,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": list(config.dense_layers),
-        "use_sliding_window": config.sliding_window is not None,
-        "sliding_window": config.sliding_window,
-    }
-    if config.family == "qwen3_moe":
-        return result | {"attention_bias": config.qkv_bias}
-    return result | {
-        "qkv_bias": config.qkv_bias,
-        "shared_expert_intermediate_size": config.shared_intermediate_size,
-    }
-
-
-def _deepseek_to_hf(config: ModelConfig) -> dict[str, Any]:
-    shared = config.shared_intermediate_size
-    first = next(i for i in range(config.num_layers) if i in config.moe_layers)
-    steps = {b - a for a, b in zip(config.moe_layers, config.moe_layers[1:], strict=False)}
-    result: dict[str, Any] = {
-        "attention_bias": config.qkv_bias,
-        "first_k_dense_replace": first,
-        "moe_layer_freq": steps.pop() if steps else max(first, 1),
-        "n_routed_experts": config.num_experts,
-        "n_shared_experts": None if shared is None else max(shared // config.expert_intermediate_size, 1),
-    }
-    if config.family == "deepseek" or config.latent is None:
-        return result | {"scoring_func": "softmax"}
-    latent = config.latent
-    result |= {
-        "q_lora_rank": latent.query_rank,
-        "kv_lora_rank": latent.kv_rank,
-        "qk_nope_head_dim": latent.content_dim,
-        "qk_rope_head_dim": latent.rope_dim,
-        "v_head_dim": latent.value_dim,
-        "n_group": config.expert_groups or 1,
-        "topk_group": config.groups_per_token or 1,
-        "routed_scaling_factor": config.routed_scaling_factor,
-    }
-    if config.family == "deepseek_v2":
-        method = "greedy" if config.expert_groups is None else "group_limited_greedy"
-        return result | {"scoring_func": "softmax", "topk_method": method}
-    return result | {
-        "scoring_func": "sigmoid",
-        "topk_method": "noaux_tc",
-        "rope_interleave": config.rope.interleaved,
-    }

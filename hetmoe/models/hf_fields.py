@@ -1,5 +1,6 @@
 """Reading `config.json`: fields by name and kind, so that an error says what was found and what is expected."""
 
+import collections
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from hetmoe.errors import InputError
 
 _REQUIRED = object()
+_MAX_JSON = 50_000_000  # bytes; the index of DeepSeek-V3 has 9 million
 
 
 class Fields:
@@ -29,10 +31,10 @@ class Fields:
         if not given:
             if default is _REQUIRED:
                 others = "".join(f" (or {n!r})" for n in names[1:])
-                raise InputError(f"{self.source}: field {names[0]!r}{others} is missing")
+                raise InputError(f"{self.source}: field {names[0]!r}{others} is missing; it must be {kind.__name__}")
             return default
         values = [self._typed(name, value, kind) for name, value in given.items()]
-        if any(v != values[0] for v in values):
+        if any(v != values[0] for v in values[1:]):
             raise InputError(f"{self.source}: {' and '.join(f'{n}={v!r}' for n, v in given.items())} contradict")
         return values[0]
 
@@ -72,15 +74,24 @@ def read_json(path: Path) -> Any:
         InputError: if it is absent, unreadable, not UTF-8, not JSON, or nested too deep.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repetition)
+        size = path.stat().st_size
+        if size <= _MAX_JSON:
+            return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repetition)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (ValueError, RecursionError, OSError) as error:  # not JSON, not UTF-8, nested too deep, not readable
         raise InputError(f"{path}: not readable as JSON ({error})") from None
+    raise InputError(f"{path}: has {size:,} bytes, more than the {_MAX_JSON:,} that such a file may have")
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if len(set(names)) != len(names):
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} appears twice")
-    return dict(pairs)
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError(f"{repeated_name(pairs)!r} appears twice")
+    return result
+
+
+def repeated_name(pairs: list[tuple[str, Any]]) -> str:
+    """The first name that a JSON object repeats."""
+    counts = collections.Counter(name for name, _ in pairs)
+    return next(name for name, count in counts.items() if count > 1)

@@ -54,7 +54,7 @@ def _yarn(options: Fields, f: Fields) -> Yarn:
         beta_slow=optional("beta_slow") or 1.0,
         mscale=optional("mscale"),
         mscale_all_dim=optional("mscale_all_dim"),
-        attention_factor=optional("attention_factor"),
+        attention_factor=options.get(float, "attention_factor", default=None),
         truncate=options.get(bool, "truncate", default=True),
     )
 

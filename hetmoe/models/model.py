@@ -10,7 +10,7 @@ from flax import struct
 from tokenizers import Tokenizer
 
 from hetmoe.models.config import ModelConfig
-from hetmoe.models.hf_config import config_to_hf
+from hetmoe.models.hf_config_write import config_to_hf
 from hetmoe.models.params import Params
 
 
@@ -38,7 +38,8 @@ def fingerprint(config: ModelConfig, routers: Any) -> str:
     They are rounded to bfloat16 first, so that a model keeps its identity whether loaded as float32 or bfloat16.
     """
     digest = hashlib.sha256(json.dumps(config_to_hf(config), sort_keys=True).encode())
-    digest.update(np.asarray(routers).astype(jnp.bfloat16).tobytes())
+    for router in routers:
+        digest.update(np.asarray(router).astype(jnp.bfloat16).tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -10,6 +10,8 @@ from jaxtyping import Array, Float, Int
 from hetmoe.analog.calibration import Calibration
 from hetmoe.analog.programming import ProgrammedWeights
 from hetmoe.analog.spec import AnalogSpec
+from hetmoe.errors import InputError
+from hetmoe.models.abstract import abstract_params, is_leaf
 from hetmoe.models.analog_arguments import check_analog
 from hetmoe.models.attention import attention_block, rms_norm
 from hetmoe.models.config import ModelConfig
@@ -89,6 +91,18 @@ def _hardware(
     return found
 
 
+def _check_inputs(params: Params, tokens: Array, config: ModelConfig) -> None:
+    if not isinstance(params, Params) or not isinstance(config, ModelConfig):
+        raise InputError(
+            f"forward takes model.params, tokens, model.config; got {type(params).__name__} and {type(config).__name__}"
+        )
+    if getattr(tokens, "ndim", None) != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer) or not tokens.size:
+        raise InputError("tokens must be a non-empty integer array [batch, seq]")
+    expected = jax.tree.map(lambda leaf: leaf.shape, abstract_params(config), is_leaf=is_leaf)
+    if jax.tree.map(lambda leaf: leaf.shape, params) != expected:
+        raise InputError("params do not have the shapes of this config: they belong to different models")
+
+
 def hidden_states(
     params: Params,
     tokens: Int[Array, "batch seq"],
@@ -106,6 +120,7 @@ def hidden_states(
     Arguments as in `forward`. The routing is that of the layers with experts, on a leading axis; the observations are
     those of the layers with and without experts, by site, likewise stacked.
     """
+    _check_inputs(params, tokens, config)
     check_analog(config, plan, spec, programmed, calibration, read_key)
     hardware: dict[bool, LayerHardware] = {}
     if plan is not None and spec is not None and programmed is not None:

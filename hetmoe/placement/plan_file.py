@@ -17,8 +17,18 @@ FORMAT = "hetmoe-plan-2"
 _LAYERWISE = ("attention", "shared_experts", "dense_ffn")
 
 
-def save_plan(path: Path, plan: Plan, *, name: str, fingerprint: str, made_by: dict[str, Any]) -> None:
-    """Writes a plan; `made_by` records how it came about (rule, fraction, seed)."""
+def save_plan(path: str | Path, plan: Plan, model: Model, *, made_by: dict[str, Any] | None = None) -> None:
+    """Writes a plan for `model`; `made_by` records how it came about (rule, fraction, seed).
+
+    Raises:
+        InputError: if the plan does not fit the model, or the file cannot be written.
+    """
+    check_plan(plan, model.config)
+    write_plan(Path(path), plan, name=model.name, fingerprint=model_fingerprint(model), made_by=made_by or {})
+
+
+def write_plan(path: Path, plan: Plan, *, name: str, fingerprint: str, made_by: dict[str, Any]) -> None:
+    """Writes a plan for a model of which name and fingerprint are known."""
     record: dict[str, Any] = {
         "format": FORMAT,
         "model": {"name": name, "fingerprint": fingerprint},
@@ -34,12 +44,13 @@ def save_plan(path: Path, plan: Plan, *, name: str, fingerprint: str, made_by: d
     write_text(path, json.dumps(record, indent=2) + "\n")
 
 
-def load_plan(path: Path, model: Model) -> Plan:
+def load_plan(path: str | Path, model: Model) -> Plan:
     """Reads a plan made for this model.
 
     Raises:
         InputError: if the file is absent or malformed, or the plan was made for another model.
     """
+    path = Path(path)
     try:
         record = read_json(path)
     except InputError as error:

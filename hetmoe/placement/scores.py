@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from hetmoe.analog.random import require_key
 from hetmoe.errors import InputError
 from hetmoe.models.config import ModelConfig, check_tokens
 from hetmoe.models.model import Model
@@ -96,7 +97,7 @@ def score_experts(
     if rule == "random":
         if key is None:
             raise InputError("rule 'random' needs a key: pass key=jax.random.key(seed)")
-        return random_scores(key, model.config)
+        return random_scores(require_key(key), model.config)
     if tokens is None or tokens.ndim != 2 or tokens.shape[0] < 1:
         raise InputError(f"rule {rule!r} needs tokens [sequences, seq] of sample text")
     check_tokens(tokens, model.config)

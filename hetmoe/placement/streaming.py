@@ -1,5 +1,7 @@
-"""Scores straight from a checkpoint's files, one matrix in memory at a time: no model is built."""
+"""Scores straight from a checkpoint's files, a few matrices in memory at a time: no model is built."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -7,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hetmoe.checkpoint.load import Checkpoint, parse_dtype
-from hetmoe.checkpoint.pieces import match
+from hetmoe.checkpoint.pieces import Piece, match
 from hetmoe.checkpoint.read import load_leaf, stored_matrices, target_dtype
 from hetmoe.errors import InputError
 from hetmoe.models.abstract import Leaf, abstract_params, is_leaf
@@ -33,8 +35,8 @@ def stream_scores(
 ) -> tuple[np.ndarray, str]:
     """(scores `[moe_layers, experts]` as of `score_experts`, fingerprint of the model).
 
-    Memory holds one matrix and the routers, whatever the size of the checkpoint; its pages are given back as they are
-    read. `dtype` is what the weights are rounded to first, None = as `load_model` would load them.
+    Memory holds the routers, then at most four matrices, whatever the size of the checkpoint; its pages are given back
+    as they are read. `dtype` is what the weights are rounded to first, None = as `load_model` would load them.
 
     Raises:
         InputError: for a rule that needs a forward pass, a missing key, or a checkpoint that does not fit its config.
@@ -51,7 +53,9 @@ def stream_scores(
     if key is not None:
         return np.asarray(random_scores(key, checkpoint.config)), identity
     if rule == "router_norm":
-        return np.asarray(router_norm(MoE(router=jnp.asarray(router), experts=experts))), identity
+        norms = [router_norm(MoE(router=jnp.asarray(one)[None], experts=experts)) for one in router]  # layer by layer
+        return np.concatenate(norms), identity
+    del router
     # Stored matrices are [output, input]: an output's weights are a row, an input's a column.
     scores = source.norms(experts.up, 1) * source.norms(experts.gate, 1)
     return scores * source.norms(experts.down, 0 if down_axis == "hidden" else 1), identity
@@ -87,9 +91,13 @@ class _Source:
     def norms(self, leaf: Leaf, axis: int) -> np.ndarray:
         """The largest norm of a neuron of every expert, `[moe_layers, experts]`."""
         found = np.empty(leaf.shape[:2], np.float32)
-        for piece in self.pieces[leaf]:
+
+        def fill(piece: Piece) -> None:
             for number, matrix in stored_matrices(self.files, self.storage, piece, self.dtype):
                 index = piece.index if number is None else (*piece.index, number)
                 found[index] = _largest_norm(matrix, axis, self.dtype)
-            self.files.release(piece.key)
+
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # each holds one matrix
+            for done in [pool.submit(fill, piece) for piece in self.pieces[leaf]]:
+                done.result()
         return found

@@ -15,7 +15,8 @@ COMMON: dict[str, list[tuple[Any, Any]]] = {
     "max_position_embeddings": [(777, "max_position_embeddings")],
     "tie_word_embeddings": [(True, "tie_embeddings"), (False, "tie_embeddings"), (1, REFUSED)],
     "rms_norm_eps": [(0.5, "rms_norm_eps"), (1, "rms_norm_eps"), (0.0, REFUSED), ("1e-6", REFUSED), (True, REFUSED)],
-    "num_experts_per_tok": [(1, "experts_per_token"), (17, REFUSED)],
+    "num_experts_per_tok": [(5, "experts_per_token"), (17, REFUSED)],
+    "architectures": [(["LlamaForCausalLM"], REFUSED), ([], REFUSED), ("LlamaForCausalLM", REFUSED)],
     "hidden_act": [("gelu", REFUSED), ("relu", REFUSED), ("swish", REFUSED)],
     "model_type": [("llama", REFUSED), ("mistral", REFUSED), (3, REFUSED), (None, REFUSED)],
     "mlp_bias": [(True, REFUSED)],
@@ -118,7 +119,7 @@ FAMILIES = {
 }
 # Fields that do not change the logits, and why they do not where that is not obvious.
 HARMLESS = {
-    "architectures", "attention_dropout", "auto_map", "aux_loss_alpha", "bos_token_id", "dtype", "eos_token_id",
+    "attention_dropout", "auto_map", "aux_loss_alpha", "bos_token_id", "dtype", "eos_token_id",
     "ep_size", "initializer_range", "output_router_logits", "pad_token_id", "pretraining_tp", "router_aux_loss_coef",
     "router_jitter_noise", "seq_aux", "torch_dtype", "transformers_version", "use_cache",
     "max_window_layers",  # only Qwen2-MoE's code reads it, and that with use_sliding_window, which is refused

@@ -13,7 +13,8 @@ from hetmoe.checkpoint.load import load_model
 from hetmoe.checkpoint.storage import storage_from_hf
 from hetmoe.errors import InputError
 from hetmoe.models.config import ModelConfig
-from hetmoe.models.hf_config import config_from_hf, config_to_hf
+from hetmoe.models.hf_config import config_from_hf
+from hetmoe.models.hf_config_write import config_to_hf
 from tests.checkpoint.config_alternatives import FAMILIES, HARMLESS, REFUSED, alternatives
 from tests.checkpoint.golden_files import FOLDERS, GOLDEN, ROOT, outcome, refuses
 from tests.models.tiny import full_config, tiny_config

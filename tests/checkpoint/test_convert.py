@@ -210,41 +210,14 @@ def test_trees_of_other_configs_are_refused(converted, field, value, words):
 def test_damaged_trees_are_refused(converted):
     for path in [path for path in (converted / "params").rglob("*") if path.is_file()]:
         content = path.read_bytes()
-        for spoilt in {b"", content[: len(content) // 2], content + b"x"} - {content}:
+        flipped = content[:-1] + bytes([content[-1] ^ 1])  # which Orbax alone would load
+        for spoilt in {b"", content[: len(content) // 2], content + b"x", flipped} - {content}:
             path.write_bytes(spoilt)
             load_refuses(converted, str(converted / "params"), "hetmoe.json lists")
         path.unlink()
         load_refuses(converted, str(converted / "params"), "hetmoe.json lists")
         path.write_bytes(content)
     assert_same_bits(load_model(converted).params, model().params)
-
-
-FILES_OF_ONES = """
-import pathlib, sys
-import jax, numpy as np
-from hetmoe.checkpoint.load import load_model
-from hetmoe.errors import InputError
-converted = pathlib.Path(sys.argv[1])
-files = sorted(path for path in (converted / "params").rglob("*") if path.is_file())
-whole = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(load_model(converted).params)]
-for path in files:
-    content = path.read_bytes()
-    path.write_bytes(b"\\xff" * len(content))
-    try:
-        params = load_model(converted).params
-        print("same" if whole == [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params)] else "WRONG")
-    except InputError as error:
-        print("refused" if str(converted) in str(error) else error)
-    path.write_bytes(content)
-"""
-
-
-def test_files_of_the_right_size_with_other_content_never_give_other_weights(converted):
-    """In a process of its own: Orbax forgets its failed tasks, of which Python complains much later."""
-    command = [sys.executable, "-c", FILES_OF_ONES, str(converted)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert set(done.stdout.split()) == {"refused", "same"}  # the same where a file holds no weights
 
 
 def test_absent_trees_are_refused(converted):

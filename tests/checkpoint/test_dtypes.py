@@ -81,7 +81,10 @@ def test_mixed_dtypes_become_what_the_config_says(folder):
     for fields in ({"torch_dtype": "bfloat16"}, {"torch_dtype": ..., "dtype": "bfloat16"}, {"dtype": "torch.bfloat16"}):
         edit_config(folder, **fields)
         assert {leaf.dtype for leaf in jax.tree.leaves(load_model(folder).params)} == {jnp.dtype("bfloat16")}
-    for nothing in (..., None, "float64", "int8", "auto"):
+    for unknown in ("int8", "auto"):
+        edit_config(folder, torch_dtype=..., dtype=unknown)
+        load_refuses(folder, str(folder / "config.json"), unknown, "float32, bfloat16, float16")
+    for nothing in (..., None, "float64"):
         edit_config(folder, torch_dtype=..., dtype=nothing)
         load_refuses(folder, str(folder), "F16", "F32", "dtype=")
         assert_same_bits(load_model(folder, "float32").params, load_model(folder, jnp.float32).params)

@@ -99,7 +99,7 @@ def test_scales_may_be_bfloat16(folder):
 
 def test_missing_and_spare_scales_are_named(folder):
     edit_tensors(folder, **{SCALE: None})
-    load_refuses(folder, str(folder), "FP8 weights without scales", SCALE)
+    load_refuses(folder, str(folder), "stored as FP8, but there is no", SCALE)
     spare = "model.norm.weight_scale_inv"
     edit_tensors(folder, **{SCALE: stored()[SCALE], spare: np.ones(1, np.float32)})
     load_refuses(folder, "do not belong", spare)

@@ -45,18 +45,18 @@ def client(monkeypatch):
     [
         (answered(errors.GatedRepoError), ("permission", f"https://huggingface.co/{NAME}", "hf auth login")),
         (answered(errors.RevisionNotFoundError), ("no revision 'v2'",)),
-        (answered(errors.RepositoryNotFoundError), ("no such model", "hf auth login")),
+        (answered(errors.RepositoryNotFoundError), ("does not exist", "hf auth login")),
         (answered(errors.HfHubHTTPError), (f"hf download {NAME}", "HfHubHTTPError")),
         (answered(errors.DisabledRepoError), ("DisabledRepoError",)),
         (answered(errors.RemoteEntryNotFoundError), ("RemoteEntryNotFoundError",)),
-        (errors.LocalEntryNotFoundError("no\nentry"), ("local cache", f"hf download {NAME}")),
-        (errors.OfflineModeIsEnabled("offline"), ("local cache",)),
+        (errors.LocalEntryNotFoundError("no\nentry"), ("hub's cache", f"hf download {NAME}")),
+        (errors.OfflineModeIsEnabled("offline"), ("hub's cache",)),
         (errors.FileMetadataError("none"), ("FileMetadataError",)),
         (errors.XetDownloadError("broken"), ("XetDownloadError",)),
         (ConnectionError("no route"), ("ConnectionError", "cannot be reached")),
         (TimeoutError("too late"), ("TimeoutError",)),
-        (OSError(28, "No space left on device"), ("OSError",)),
-        (PermissionError(13, "cache"), ("PermissionError",)),
+        (OSError(28, "No space left on device"), ("cannot be stored", "No space left")),
+        (PermissionError(13, "cache"), ("cannot be stored", "cache")),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -167,7 +167,7 @@ def test_cached_models_load_by_name():
 @pytest.mark.usefixtures("cache")
 def test_what_the_cache_lacks_is_said():
     for name in ("owner/other", f"{NAME}@v2", f"{NAME}@{'b' * 40}"):
-        message = refuses(lambda name=name: load_model(name), name, "local cache", "hf download")
+        message = refuses(lambda name=name: load_model(name), name, "hub's cache", "hf download")
         assert "\n" not in message
 
 
@@ -176,6 +176,6 @@ def test_cache_without_weights_is_said(cache):
     snapshot = next((cache / "snapshots").iterdir())
     (snapshot / "model.safetensors").unlink()
     message = refuses(lambda: load_model(NAME))
-    assert "model.safetensors" in message or "local cache" in message
+    assert "model.safetensors" in message or "hub's cache" in message
     (snapshot / "model.safetensors").symlink_to("../../blobs/gone")
     refuses(lambda: load_model(NAME))

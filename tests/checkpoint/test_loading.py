@@ -5,12 +5,13 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from hetmoe.checkpoint.load import load_model
 from hetmoe.checkpoint.orbax_directory import write
-from tests.checkpoint.golden_files import GOLDEN, ROOT, copy, load_refuses, shard
+from tests.checkpoint.golden_files import GOLDEN, ROOT, copy, load_refuses, read_tensors, shard
 from tests.models.directories import assert_same_bits
 
 ON_EIGHT_DEVICES = """
@@ -83,6 +84,7 @@ def test_every_expert_in_a_mesh_is_counted_once(tmp_path):
     script = """
 import sys, warnings
 import jax
+import jax.numpy as jnp
 from hetmoe.checkpoint.load import load_model
 mesh = jax.make_mesh((4, 2), ("expert", "inner"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 with warnings.catch_warnings(record=True) as caught:
@@ -99,6 +101,7 @@ def test_mesh_must_fit(tmp_path):
     script = """
 import sys
 import jax
+import jax.numpy as jnp
 from hetmoe.checkpoint.load import load_model
 from hetmoe.errors import InputError
 kinds = {"axis_types": (jax.sharding.AxisType.Auto,)}
@@ -158,7 +161,7 @@ def large(tmp_path_factory):
 
     import ml_dtypes
 
-    from hetmoe.models.hf_config import config_to_hf
+    from hetmoe.models.hf_config_write import config_to_hf
     from tests.checkpoint.golden_files import write_tensors
     from tests.models.tiny import tiny_config
 
@@ -178,6 +181,28 @@ def large(tmp_path_factory):
             shapes |= {f"{prefix}.mlp.experts.{expert}.down_proj.weight": (512, 960)}
     write_tensors(folder / "model.safetensors", {k: np.full(s, 0.5, ml_dtypes.bfloat16) for k, s in shapes.items()})
     return folder
+
+
+@pytest.fixture(scope="module")
+def large_fused(large, tmp_path_factory):
+    """The same model with the experts of a layer in one tensor."""
+    from tests.checkpoint.golden_files import write_tensors
+
+    folder = tmp_path_factory.mktemp("large_fused")
+    (folder / "config.json").write_bytes((large / "config.json").read_bytes())
+    tensors = {k: v for k, v in read_tensors(large / "model.safetensors").items() if ".experts." not in k}
+    for layer in range(4):
+        prefix = f"model.layers.{layer}.mlp.experts"
+        tensors[f"{prefix}.gate_up_proj"] = np.full((16, 1920, 512), 0.5, jnp.bfloat16)
+        tensors[f"{prefix}.down_proj"] = np.full((16, 512, 960), 0.5, jnp.bfloat16)
+    write_tensors(folder / "model.safetensors", tensors)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_stacked_experts_take_no_more_memory_with_eight_threads(large_fused, dtype):
+    ratio, _ = map(float, run("import os\nos.cpu_count = lambda: 8\n" + MEMORY, large_fused, dtype).split())
+    assert 0.9 < ratio < 1.2
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(None, 2), ("float32", 4), ("float16", 2)])

@@ -1,5 +1,6 @@
 """Sweeps: means, standard errors, and what is run how often."""
 
+import dataclasses
 import math
 
 import jax
@@ -17,6 +18,7 @@ from hetmoe.evaluate.noise_sweep import (
     noise_sweep,
     random_placement,
 )  # fmt: skip
+from hetmoe.evaluate.plot import plot_sweep
 from hetmoe.evaluate.run import Batches
 from hetmoe.models.model import Model
 from hetmoe.placement.plan import Plan, all_analog, experts_analog
@@ -119,3 +121,19 @@ def test_plans_that_do_not_fit_are_refused(tiny: Model, batches: Batches) -> Non
                 jobs=1,
                 progress=lambda _: None,
             )
+
+
+def test_text_without_questions_has_no_accuracy(tiny: Model, batches: Batches) -> None:
+    size = dataclasses.replace(SIZE, questions=0)
+    digital = digital_point(tiny, batches, size)
+    assert digital.accuracy is None and digital.perplexity[0] > 1
+    assert plot_sweep(digital, [dataclasses.replace(digital, placement="x")], "two panels").startswith(b"\x89PNG")
+
+
+def test_a_model_with_nan_gives_no_number(tiny: Model, batches: Batches) -> None:
+    """Accuracy would be a number: NaN never equals the largest log-likelihood."""
+    broken = tiny.replace(params=tiny.params.replace(final_norm=tiny.params.final_norm.at[3].set(np.nan)))
+    with pytest.raises(InputError, match=r"'all digital' at noise scale 0: the log-likelihood of the text is nan"):
+        digital_point(broken, batches, SIZE)
+    with pytest.raises(InputError, match="NaN or infinite"):
+        hetmoe.calibrate(broken.params, batches.tokens[0], broken.config, hetmoe.RangeMethod())

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from hetmoe.errors import InputError
 from hetmoe.models.config import LatentAttention, ModelConfig, Rope, Yarn
-from hetmoe.models.hf_config import config_from_file, config_from_hf, config_to_hf
+from hetmoe.models.hf_config import config_from_file, config_from_hf
+from hetmoe.models.hf_config_write import config_to_hf
 from tests.models.tiny import SIZES, full_config, tiny_config
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"

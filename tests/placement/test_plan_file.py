@@ -13,7 +13,7 @@ import pytest
 from hetmoe.errors import InputError
 from hetmoe.models.abstract import init_params
 from hetmoe.models.config import ModelConfig, Rope
-from hetmoe.models.model import Model, model_fingerprint
+from hetmoe.models.model import Model
 from hetmoe.placement.plan import Plan, all_analog, place
 from hetmoe.placement.plan_file import load_plan, save_plan
 from tests.models.tiny import full_config, random_params
@@ -30,7 +30,7 @@ def make_model(seed: int) -> Model:
 
 
 def save(path: Path, plan: Plan, model: Model, made_by: dict[str, Any]) -> None:
-    save_plan(path, plan, name=model.name, fingerprint=model_fingerprint(model), made_by=made_by)
+    save_plan(path, plan, model, made_by=made_by)
 
 
 @pytest.mark.parametrize("dense", [False, True])
