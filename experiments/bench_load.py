@@ -1,6 +1,6 @@
 """Loading and scoring a synthetic 4 GB checkpoint: time beside a plain read of its files, and peak host memory.
 
-    python experiments/bench_load.py --work /tmp/hetmoe-bench
+    python experiments/bench_load.py --work build/bench
 
 Writes an OLMoE-shaped bfloat16 checkpoint (5 layers of 64 experts, 4.3 GB in shards of 1 GB, one tensor per expert as
 on the hub) once. Then, each in a process of its own: reads the files plainly (over and over into one buffer, and into
