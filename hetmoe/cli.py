@@ -22,7 +22,7 @@ app = typer.Typer(
 DEVICE_HELP = "pcm, hermes, hermes1, state_independent, reram_wan, reram_cmo, afm, additive or proportional."
 MODEL = Annotated[
     str,
-    typer.Argument(help="Model directory, name on the hub (owner/name[@revision]), or 'reference', the embedded one."),
+    typer.Argument(help="Model directory, name on the hub (owner/name or owner/name@revision), or 'reference'."),
 ]
 DTYPE = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")]
 RULE = Annotated[
