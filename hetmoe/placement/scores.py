@@ -95,17 +95,18 @@ def score_experts(
     if rule == "router_norm":
         return router_norm(moe)
     if rule == "random":
-        if key is None:
-            raise InputError("rule 'random' needs a key: pass key=jax.random.key(seed)")
-        return random_scores(require_key(key), model.config)
+        return random_scores(key, model.config)
     if tokens is None or tokens.ndim != 2 or tokens.shape[0] < 1:
         raise InputError(f"rule {rule!r} needs tokens [sequences, seq] of sample text")
     check_tokens(tokens, model.config)
     return _mean_over_batches(model, tokens, _FROM_ROUTING[rule])
 
 
-def random_scores(key: jax.Array, config: ModelConfig) -> Float[Array, "layers experts"]:
-    """Uniform scores."""
+def random_scores(key: jax.Array | None, config: ModelConfig) -> Float[Array, "layers experts"]:
+    """Uniform scores. Raises InputError without a key."""
+    if key is None:
+        raise InputError("rule 'random' needs a key: pass key=jax.random.key(seed)")
+    require_key(key)
     return jax.random.uniform(key, (len(config.moe_layers), config.num_experts))
 
 

@@ -44,13 +44,11 @@ def stream_scores(
     if rule not in STREAMED:
         raise InputError(f"rule {rule!r} needs text to run through the model; without one use {', '.join(STREAMED)}")
     check_down_axis(down_axis)
-    if rule == "random" and key is None:
-        raise InputError("rule 'random' needs a key: pass key=jax.random.key(seed)")
     source = _Source(checkpoint, dtype)
     router = source.router()
     identity = fingerprint(checkpoint.config, router)
     experts = source.moe.experts
-    if key is not None:
+    if rule == "random":
         return np.asarray(random_scores(key, checkpoint.config)), identity
     if rule == "router_norm":
         norms = [router_norm(MoE(router=jnp.asarray(one)[None], experts=experts)) for one in router]  # layer by layer
