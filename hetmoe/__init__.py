@@ -7,7 +7,7 @@ from hetmoe.analog.read_noise import ReadNoise, make_read_noise
 from hetmoe.analog.spec import AnalogSpec, analog_spec
 from hetmoe.checkpoint.load import load_model
 from hetmoe.checkpoint.save import save_model
-from hetmoe.errors import InputError
+from hetmoe.errors import CheckpointWarning, InputError
 from hetmoe.evaluate.calibrate import calibrate
 from hetmoe.models.config import ModelConfig
 from hetmoe.models.model import Model
@@ -23,6 +23,7 @@ __all__ = [
     "RULES",
     "AnalogSpec",
     "Calibration",
+    "CheckpointWarning",
     "InputError",
     "Model",
     "ModelConfig",

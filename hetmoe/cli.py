@@ -175,6 +175,10 @@ def main() -> None:
     except USAGE_ERRORS as error:  # an unknown option, a value that is no number
         print(f"hetmoe: {' '.join(error.format_message().split())}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # a disk that fills up, a name that is too long
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"hetmoe: {where}{error.strerror or error}", file=sys.stderr)
+        sys.exit(1)
     except (typer.Abort, KeyboardInterrupt):
         print("hetmoe: interrupted; nothing was written", file=sys.stderr)
         sys.exit(130)

@@ -20,6 +20,12 @@ def check_writable(path: Path) -> None:
         raise InputError(f"{path}: {folder} is not writable")
 
 
+def check_new_directory(path: Path) -> None:
+    """Raises InputError if a directory to be written exists and holds something."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path}: exists; choose another output or remove it first")
+
+
 def make_directory(path: Path) -> None:
     """Makes a directory and its parents. Raises InputError if that cannot be."""
     try:

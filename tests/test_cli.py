@@ -177,3 +177,12 @@ def test_bad_models_texts_and_plans(run: Run, tmp_path: Path, monkeypatch: pytes
         assert code == 2 and message in err, (arguments, err)
         assert len(err.strip().splitlines()) == 1 and "Traceback" not in out + err
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_a_failing_disk_is_one_line(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_arguments: object, **_options: object) -> None:
+        raise OSError(28, "No space left on device", str(tmp_path / "x"))
+
+    monkeypatch.setattr("hetmoe.commands.info.run", fails)
+    code, out, err = run("info", "reference")
+    assert (code, out, err) == (1, "", f"hetmoe: {tmp_path / 'x'}: No space left on device\n")

@@ -19,7 +19,7 @@ from hetmoe.checkpoint.weight_files import WeightFiles, inside, open_weights
 from hetmoe.errors import InputError
 from hetmoe.models.config import ModelConfig
 from hetmoe.models.hf_config import config_from_hf
-from hetmoe.models.hf_fields import Fields, read_json
+from hetmoe.models.hf_fields import read_json
 from hetmoe.models.model import Model
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -82,26 +82,24 @@ def open_checkpoint(name_or_dir: str | Path) -> Checkpoint:
         raise InputError(f"{path}: no such file; a model directory holds config.json and model*.safetensors")
     content = read_json(inside(directory, path))
     config = config_from_hf(content, source=str(path))
-    fields = Fields(content, str(path))
     return Checkpoint(
         name=model_name(name_or_dir, directory),
         directory=directory,
         config=config,
         storage=storage_from_hf(content, source=str(path)),
-        eos_token_id=_token_id(fields, "eos_token_id", content, config),
-        bos_token_id=_token_id(fields, "bos_token_id", content, config),
+        eos_token_id=_token_id(path, "eos_token_id", content, config),
+        bos_token_id=_token_id(path, "bos_token_id", content, config),
         files=open_weights(directory),
     )
 
 
-def _token_id(fields: Fields, name: str, content: dict[str, Any], config: ModelConfig) -> int | None:
+def _token_id(path: Path, name: str, content: dict[str, Any], config: ModelConfig) -> int | None:
     """The id of a special token, or the first of several."""
     value = content.get(name)
     ids: list[Any] = value if isinstance(value, list) and value else [value]
     if value is not None and any(type(i) is not int or not 0 <= i < config.vocab_size for i in ids):
         raise InputError(
-            f"{fields.source}: {name}={value!r} must be a token id below vocab_size={config.vocab_size}, "
-            "or a list of them"
+            f"{path}: {name}={value!r} must be a token id below vocab_size={config.vocab_size}, or a list of them"
         )
     return ids[0]
 

@@ -15,9 +15,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from hetmoe.checkpoint.read import count_non_finite, warn_of_non_finite
+from hetmoe.checkpoint.storage import FLOATS
 from hetmoe.checkpoint.weight_files import inside
 from hetmoe.errors import InputError
-from hetmoe.files import make_directory
+from hetmoe.files import check_new_directory, make_directory
 from hetmoe.models.abstract import Leaf, abstract_params, is_leaf
 from hetmoe.models.config import ModelConfig
 from hetmoe.models.hf_config import config_from_hf
@@ -54,8 +55,7 @@ def write(directory: Path, model: Model) -> None:
     Raises:
         InputError: if the target exists and is not empty, or its folder cannot be made.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise InputError(f"{directory}: exists; choose another output or remove it first")
+    check_new_directory(directory)
     make_directory(directory.parent)
     try:
         temporary = Path(tempfile.mkdtemp(dir=directory.parent.absolute(), prefix=f".{directory.name[:60]}.partial-"))
@@ -91,8 +91,8 @@ def read_record(directory: Path) -> Record:
     content = read_json(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{path}: not of format {FORMAT!r}; make one with 'hetmoe convert'")
-    if content.get("dtype") not in ("float32", "bfloat16", "float16"):
-        raise InputError(f"{path}: dtype {content.get('dtype')!r} must be float32, bfloat16 or float16")
+    if content.get("dtype") not in FLOATS:
+        raise InputError(f"{path}: dtype {content.get('dtype')!r} must be one of {', '.join(FLOATS)}")
     config = config_from_hf(content.get("config", {}), source=str(path))
     _check_files(directory, content.get("files"))
     ids = {name: content.get(name) for name in ("eos_token_id", "bos_token_id")}

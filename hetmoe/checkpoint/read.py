@@ -161,7 +161,7 @@ def stored_matrices(
 
 
 def copy_transposed(target: np.ndarray, source: np.ndarray) -> None:
-    """`target[...] = source.T`; JAX's transfer to the host's own device turns it 2 to 5 times faster than numpy."""
+    """`target[...] = source.T`; JAX's transfer to the host's own device turns it faster than numpy."""
     try:
         cpu = jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX was told to leave the CPU out
@@ -175,7 +175,8 @@ def copy_transposed(target: np.ndarray, source: np.ndarray) -> None:
 def host_memory(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Uninitialised memory that JAX takes over without a copy, in huge pages where the system has them.
 
-    Touching 1 GB for the first time in pages of 4 KB was measured to take as long as reading 2 to 10 GB from files.
+    Touching fresh memory page by page can take longer than reading the file (`experiments/bench_load.py`: a plain read
+    into new memory beside one into a used buffer).
     """
     size = math.prod(shape) * dtype.itemsize
     # Page-aligned: JAX copies what is not aligned to 64 bytes.

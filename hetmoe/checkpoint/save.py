@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from hetmoe.checkpoint import orbax_directory
@@ -44,8 +45,7 @@ def save_model(directory: str | Path, model: Model, *, shard_bytes: int = SHARD_
         total = 0
         for tensors in _shards(model, shard_bytes):
             path = Path(temporary) / str(len(shards))
-            save_file(tensors, path, metadata={"format": "pt"})
-            path.chmod(0o644)
+            _save_file(path, tensors)
             shards.append((path, list(tensors)))
             total += sum(t.nbytes for t in tensors.values())
         # The index first: alone it would make an older sharded model visible again.
@@ -66,6 +66,14 @@ def save_model(directory: str | Path, model: Model, *, shard_bytes: int = SHARD_
             table |= dict.fromkeys(keys, name)
         content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(table.items()))}
         write_text(directory / INDEX, json.dumps(content, indent=2) + "\n")
+
+
+def _save_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(0o644)
+    except (SafetensorError, OSError) as error:  # a full disk, for example; which one depends on where it is noticed
+        raise InputError(f"{path.parent.parent}: the weights cannot be written ({error})") from None
 
 
 def hub_config(model: Model) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from hetmoe.checkpoint.load import load_model
 from hetmoe.checkpoint.save import save_model
 from hetmoe.commands.common import make_console
 from hetmoe.errors import InputError
-from hetmoe.files import check_writable
+from hetmoe.files import check_new_directory, check_writable
 
 TARGETS = ("orbax", "safetensors")
 
@@ -16,8 +16,7 @@ def run(model_source: str, output: Path, target: str, dtype: str | None) -> None
     """Loads a model and writes it in the other layout."""
     if target not in TARGETS:
         raise InputError(f"--to {target!r} is unknown: use {' or '.join(TARGETS)}")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output}: exists; choose another output or remove it first")
+    check_new_directory(output)
     check_writable(output / "config.json")  # before a large model is loaded
     model = load_model(model_source, dtype)
     write = orbax_directory.write if target == "orbax" else save_model

@@ -1,4 +1,4 @@
-"""`hetmoe info`: what a model is. Reads headers and routers, not the weights."""
+"""`hetmoe info`: what a model is. Of safetensors it reads headers and routers; Orbax checkpoints are loaded."""
 
 import dataclasses
 import math

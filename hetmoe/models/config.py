@@ -78,6 +78,8 @@ class Rope:
         _check(
             {"rope.linear": self.linear}, lambda v: v is None or _positive(v), "positive and finite, or None for off"
         )
+        if self.yarn is not None:  # its ramp is found by logarithms to this base
+            _check({"rope.theta": self.theta}, lambda v: v > 1, "above 1 with YaRN")
         _check({"rope.interleaved": self.interleaved}, lambda v: type(v) is bool, "True or False")
         if self.linear is not None and self.yarn is not None:
             raise InputError("model config: rope.linear and rope.yarn exclude each other")

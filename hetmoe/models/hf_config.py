@@ -1,12 +1,11 @@
 """Reading the `config.json` of the supported families, in the spellings of transformers 4 and 5."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from hetmoe.errors import InputError
 from hetmoe.models.config import MAX_LAYERS, LatentAttention, ModelConfig
-from hetmoe.models.hf_fields import Fields, read_json
+from hetmoe.models.hf_fields import Fields
 from hetmoe.models.hf_rope import rope_from_hf
 
 # Bookkeeping, training options and sampling defaults: none of them changes the logits of a text. (max_window_layers
@@ -279,8 +278,3 @@ def config_from_hf(config: Mapping[str, Any], *, source: str = "config.json") ->
         if str(error).startswith(source):
             raise
         raise InputError(f"{source}: {error}") from None  # of a config class, which knows no file
-
-
-def config_from_file(path: Path) -> ModelConfig:
-    """Reads a `config.json`. Raises InputError for a file that is absent, not JSON, or not supported."""
-    return config_from_hf(read_json(path), source=str(path))

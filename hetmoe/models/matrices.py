@@ -64,7 +64,6 @@ MATRICES: dict[str, MatrixInfo] = {
     "ffn_up": MatrixInfo("dense_ffn", "ffn_in", "ffn.up"),
     "ffn_down": MatrixInfo("dense_ffn", "ffn_mid", "ffn.down"),
 }
-SITES = tuple(dict.fromkeys(info.site for info in MATRICES.values()))
 
 
 def crossbar_matrices(layer: Layer | DenseLayer, *, dense: bool = True) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Slices of stacks of 2-byte weights inside loops, without a widened copy of the whole stack.
 
 XLA on CPU slices bfloat16 in float32 and moves the widening of the whole operand, which does not change, out of the
-loop: a scan over the layers of OLMoE-1B-7B would first make a float32 copy of all experts (26 GB;
-`experiments/memory_olmoe.py`). A barrier that ties the stack to something that changes in the loop keeps the widening
-at the slice. Other dtypes are not affected; on other devices the barrier changes nothing but the order of operations.
+loop: a scan over the layers of a model would first make a float32 copy of all experts. A barrier that ties the stack to
+something that changes in the loop keeps the widening at the slice. Other dtypes are not affected; on other devices the
+barrier changes nothing but the order of operations.
 """
 
 from typing import Any
