@@ -58,6 +58,20 @@ def program_matrix(key: jax.Array, w: Float[Array, "K N"], spec: AnalogSpec, *, 
     return result.at_time
 
 
+def program_named(
+    key: jax.Array, name: str, w: Float[Array, "K N"], spec: AnalogSpec, *, layer: Array | int, expert: Array | int
+) -> ProgrammedMatrix:
+    """The matrix `name` of one layer (and expert) as `program` programs it for the seed `key`, in the dtype of `w`.
+
+    `layer` is the number that `program` folds into the key.
+    """
+    base = jax.random.fold_in(jax.random.fold_in(key, layer), Matrix[name.upper()])
+    stored = program_matrix(base, w, spec, expert=expert).astype(w.dtype)
+    per_column = spec.options.bound_axis == "column"
+    maxima = block_max(stored.astype(jnp.float32), spec.options.tile_rows, per_column=per_column)
+    return ProgrammedMatrix(w=stored, weight_max=maxima)
+
+
 def program(key: jax.Array, params: Params, spec: AnalogSpec, *, dense: bool) -> ProgrammedWeights:
     """Programs a model once: one noise seed.
 
@@ -76,19 +90,12 @@ def program(key: jax.Array, params: Params, spec: AnalogSpec, *, dense: bool) ->
         TypeError: if the key is not a threefry key.
     """
     key = require_key(key)
-    per_column = spec.options.bound_axis == "column"
-
-    def finish(w: Array, dtype: jnp.dtype) -> ProgrammedMatrix:
-        stored = w.astype(dtype)
-        maxima = block_max(stored.astype(jnp.float32), spec.options.tile_rows, per_column=per_column)
-        return ProgrammedMatrix(w=stored, weight_max=maxima)
 
     def one(name: str, w: Array, layer: Array | int) -> ProgrammedMatrix:
-        base = jax.random.fold_in(jax.random.fold_in(key, layer), Matrix[name.upper()])
         if w.ndim == 2:
-            return finish(program_matrix(base, w, spec, expert=0), w.dtype)
-        noisy = jax.vmap(lambda target, expert: program_matrix(base, target, spec, expert=expert))
-        return finish(noisy(w, jnp.arange(w.shape[0])), w.dtype)
+            return program_named(key, name, w, spec, layer=layer, expert=0)
+        experts = jnp.arange(w.shape[0])
+        return jax.vmap(lambda t, e: program_named(key, name, t, spec, layer=layer, expert=e))(w, experts)
 
     def stack(layers: Layer | DenseLayer, first: int) -> dict[str, ProgrammedMatrix]:
         targets = crossbar_matrices(layers, dense=dense)

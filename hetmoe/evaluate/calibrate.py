@@ -1,5 +1,6 @@
-"""Runs a model over calibration text and turns what its matrices received into DAC ranges."""
+"""Runs a model over calibration text and keeps the statistics of what its matrices received."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from hetmoe.analog.calibration import Calibration, Moments, RangeMethod, merge_ranges, observe_inputs
+from hetmoe.analog.calibration import Calibration, InputStatistics, RangeMethod, calibration_from
+from hetmoe.analog.moments import Moments, observe_inputs
 from hetmoe.analog.tiles import row_blocks
 from hetmoe.errors import InputError
 from hetmoe.models.config import ModelConfig, check_tokens
@@ -29,6 +31,73 @@ def _observe(
     return seen, head
 
 
+def collect_statistics(
+    params: Params,
+    tokens: Int[Array, "sequences seq"],
+    config: ModelConfig,
+    *,
+    tile_rows: int = 512,
+    batch: int = 4,
+    histogram: bool = False,
+) -> InputStatistics:
+    """Statistics of the inputs of every matrix from one digital pass over `tokens`, `batch` sequences at a time.
+
+    Args:
+        params: the model.
+        tokens: calibration text.
+        config: static.
+        tile_rows: rows of a crossbar tile, which ranges are per.
+        batch: sequences per step of the moving average (those left over make a smaller last one).
+        histogram: also count magnitudes, for the method `quantile`.
+
+    Raises:
+        InputError: for no sequences, or a batch below 1.
+    """
+    if tokens.ndim != 2 or tokens.shape[0] < 1 or batch < 1:
+        raise InputError(f"calibration needs tokens [sequences, seq] and batch >= 1, got {list(tokens.shape)}, {batch}")
+    check_tokens(tokens, config)
+    parts: list[Any] = []
+    counted: Any = None  # histograms are large: they are added up at once
+    for start in range(0, tokens.shape[0], batch):
+        found: Any = jax.tree.map(
+            np.asarray, _observe(params, tokens[start : start + batch], config, tile_rows, histogram)
+        )
+        new = [m.histogram for m in _moments(found)]
+        counted = new if counted is None else [None if a is None else a + b for a, b in zip(counted, new, strict=True)]
+        parts.append(jax.tree.map(lambda m: dataclasses.replace(m, histogram=None), found, is_leaf=_is_moments))
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *parts)
+    histograms = iter(counted)
+
+    def with_histogram(m: Moments) -> Moments:
+        total = next(histograms)
+        return m if total is None else dataclasses.replace(m, histogram=total[None])
+
+    (layers, dense_layers), head = jax.tree.map(with_histogram, stacked, is_leaf=_is_moments)
+    counts = np.sum(layers["experts_in"].count, axis=0)[..., 0]
+    return InputStatistics(
+        layers={site: m if site.startswith("experts") else _first_group(m) for site, m in layers.items()},
+        dense_layers={site: _first_group(m) for site, m in dense_layers.items()},
+        lm_head=_first_group(head),
+        tokens_seen=counts / row_blocks(config.hidden_size, tile_rows)[0][1],
+        tile_rows=tile_rows,
+    )
+
+
+def _is_moments(node: Any) -> bool:
+    return isinstance(node, Moments)
+
+
+def _moments(tree: Any) -> list[Moments]:
+    return jax.tree.leaves(tree, is_leaf=_is_moments)
+
+
+def _first_group(m: Moments) -> Moments:
+    """Dense matrices have one group of inputs: the first of those that `observe_inputs` was told of."""
+    histogram = None if m.histogram is None else m.histogram[..., :1, :, :]
+    part = jax.tree.map(lambda leaf: leaf[..., :1, :], dataclasses.replace(m, histogram=None))
+    return dataclasses.replace(part, histogram=histogram)
+
+
 def calibrate(
     params: Params,
     tokens: Int[Array, "sequences seq"],
@@ -43,43 +112,9 @@ def calibrate(
     Raises:
         InputError: for no sequences, a batch below 1, or inputs that are NaN or infinite.
     """
-    if tokens.ndim != 2 or tokens.shape[0] < 1 or batch < 1:
-        raise InputError(f"calibration needs tokens [sequences, seq] and batch >= 1, got {list(tokens.shape)}, {batch}")
     if not isinstance(how, RangeMethod):
         raise InputError(f"calibration method {how!r} must be a RangeMethod, such as hetmoe.RangeMethod()")
-    check_tokens(tokens, config)
-    batches: list[Any] = []
-    for start in range(0, tokens.shape[0], batch):
-        observed = _observe(params, tokens[start : start + batch], config, tile_rows, how.method == "quantile")
-        batches.append(jax.tree.map(np.asarray, observed))
-
-    def experts(name: str) -> tuple[np.ndarray, np.ndarray]:
-        return merge_ranges([moe[name] for (moe, _), _ in batches], how)
-
-    def single(moments: list[Moments]) -> Array:
-        # Dense matrices have one group of inputs: the first of those that `observe_inputs` was told of.
-        return _array(merge_ranges([m.group(0) for m in moments], how)[0][..., 0, :])
-
-    seen, seen_dense = batches[0][0]
-    counts = experts("experts_in")[1]
-    inputs_of_first_block = row_blocks(config.hidden_size, tile_rows)[0][1]
-    return Calibration(
-        layers={
-            site: _array(experts(site)[0])
-            if site.startswith("experts")
-            else single([moe[site] for (moe, _), _ in batches])
-            for site in seen
-        },
-        dense_layers={site: single([dense[site] for (_, dense), _ in batches]) for site in seen_dense},
-        lm_head=single([head for _, head in batches]),
-        tokens_seen=_array(counts[..., 0] / inputs_of_first_block),
-        tile_rows=tile_rows,
+    histogram = how.method == "quantile"
+    return calibration_from(
+        collect_statistics(params, tokens, config, tile_rows=tile_rows, batch=batch, histogram=histogram), how
     )
-
-
-def _array(values: np.ndarray) -> Array:
-    if not np.isfinite(values).all():
-        raise InputError(
-            "calibration: inputs of some matrices are NaN or infinite: the weights are, or activations overflow"
-        )
-    return jnp.asarray(values, jnp.float32)

@@ -41,7 +41,16 @@ class Totals(NamedTuple):
 
 def make_batches(windows: Windows, choices: np.ndarray, asked: np.ndarray, batch: int) -> Batches:
     """Pads to whole batches and moves to the device."""
-    count = len(windows)
+    return _batches(windows.tokens, choices, asked, batch)
+
+
+def loss_batches(tokens: Int[np.ndarray, "windows context"], batch: int) -> Batches:
+    """Batches of text without next-word questions."""
+    return _batches(tokens, tokens[:, 1:, None], np.zeros(tokens[:, 1:].shape, bool), batch)
+
+
+def _batches(tokens: np.ndarray, choices: np.ndarray, asked: np.ndarray, batch: int) -> Batches:
+    count = len(tokens)
     pad = -count % batch
 
     def shape(values: np.ndarray) -> Array:
@@ -50,7 +59,7 @@ def make_batches(windows: Windows, choices: np.ndarray, asked: np.ndarray, batch
 
     weight = np.concatenate([np.ones(count, np.float32), np.zeros(pad, np.float32)])
     return Batches(
-        tokens=shape(windows.tokens),
+        tokens=shape(tokens),
         choices=shape(choices),
         asked=shape(asked),
         weight=jnp.asarray(weight.reshape(-1, batch)),

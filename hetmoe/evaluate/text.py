@@ -151,6 +151,26 @@ def split_windows(sources: Sequence[Windows], evaluate: int | None, calibrate: i
     Raises:
         InputError: if the sources do not hold that many.
     """
+    picks = _split(sources, evaluate, calibrate)
+    chosen, aside = (join([s.take(p[i]) for s, p in zip(sources, picks, strict=True)]) for i in range(2))
+    return chosen, aside
+
+
+def apart(sources: Sequence[Windows], evaluate: int, calibrate: int, count: int) -> Windows | None:
+    """Up to `count` windows that `split_windows(sources, evaluate, calibrate)` uses for neither; None if all are used.
+
+    Spread as evenly as there. What a placement is chosen on should not be what it is judged on.
+    """
+    available = sum(len(s) for s in sources)
+    if available - evaluate - calibrate < 1:
+        return None
+    picks = _split(sources, evaluate, calibrate)
+    rest = [s.take(np.setdiff1d(np.arange(len(s)), np.concatenate(p))) for s, p in zip(sources, picks, strict=True)]
+    return split_windows(rest, min(count, available - evaluate - calibrate), 0)[0]
+
+
+def _split(sources: Sequence[Windows], evaluate: int | None, calibrate: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Numbers of the windows of each source to evaluate and to calibrate on."""
     available = sum(len(s) for s in sources)
     wanted = calibrate + (1 if evaluate is None else evaluate)
     if wanted > available:
@@ -161,13 +181,12 @@ def split_windows(sources: Sequence[Windows], evaluate: int | None, calibrate: i
     evaluate = available - calibrate if evaluate is None else evaluate
     shares = _shares([len(s) for s in sources], evaluate + calibrate)
     held = _shares(shares, calibrate)
-    chosen, aside = [], []
+    parts: list[tuple[np.ndarray, np.ndarray]] = []
     for source, share, count in zip(sources, shares, held, strict=True):
         picks = np.unique(np.linspace(0, len(source) - 1, share).round().astype(int)) if share else np.zeros(0, int)
         for_calibration = np.linspace(0, len(picks) - 1, count).round().astype(int) if count else np.zeros(0, int)
-        aside.append(source.take(picks[for_calibration]))
-        chosen.append(source.take(np.delete(picks, for_calibration)))
-    return join(chosen), join(aside)
+        parts.append((np.delete(picks, for_calibration), picks[for_calibration]))
+    return parts
 
 
 def _shares(sizes: Sequence[int], total: int) -> list[int]:

@@ -72,5 +72,18 @@ def crossbar_matrices(layer: Layer | DenseLayer, *, dense: bool = True) -> dict[
     return {name: leaf for name, leaf in found.items() if leaf is not None}
 
 
+def replace_matrices(layer: Any, new: dict[str, Any]) -> Any:
+    """The layer with some of its matrices, given by name, replaced."""
+    for name, value in new.items():
+        layer = _replaced(layer, MATRICES[name].path.split("."), value)
+    return layer
+
+
+def _replaced(node: Any, path: list[str], value: Any) -> Any:
+    if not path:
+        return value
+    return dataclasses.replace(node, **{path[0]: _replaced(getattr(node, path[0]), path[1:], value)})
+
+
 def _follow(layer: Layer | DenseLayer, path: str) -> Any:
     return functools.reduce(lambda node, name: getattr(node, name, None), path.split("."), layer)

@@ -1,6 +1,7 @@
 """The decoder as a pure function: tokens and parameters in, logits out."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +25,18 @@ from hetmoe.ops import narrow
 from hetmoe.placement.plan import Plan
 
 
-def _decoder_layer(
+class LayerResult(NamedTuple):
+    """What a decoder layer gives: the residual stream, the input of its feed-forward part, and its routing if any."""
+
+    x: Float[Array, "batch seq hidden"]
+    ffn_in: Float[Array, "tokens hidden"]
+    routing: Routing | None
+
+
+def decoder_layer(
     x: Array, layer: Layer | DenseLayer, config: ModelConfig, hardware: LayerHardware | None, probe: Probe
-) -> tuple[Array, Routing | None]:
+) -> LayerResult:
+    """Attention, then experts or a dense feed-forward network, each behind a norm and beside the residual stream."""
     eps = config.rms_norm_eps
     with jax.named_scope("attention"):
         normed = rms_norm(x, layer.input_norm, eps)
@@ -40,7 +50,48 @@ def _decoder_layer(
     else:
         with jax.named_scope("ffn"):
             out = feed_forward(normed, layer.ffn, "ffn", hardware, probe)
-    return x + out.reshape(x.shape), routing
+    return LayerResult(x + out.reshape(x.shape), normed, routing)
+
+
+def scan_layers(
+    step: Callable[[Array, Any], tuple[Array, Any]],
+    x: Float[Array, "batch seq hidden"],
+    params: Params,
+    config: ModelConfig,
+    extras: dict[bool, Any],
+) -> tuple[Array, dict[bool, Any]]:
+    """Runs `step(x, (layer, extra)) -> (x, result)` over all layers in model order.
+
+    `extras` and the results have one entry for the layers with experts (True) and one for those without, stacked on a
+    leading axis; the result of a kind that the model lacks is None.
+    """
+    results: dict[bool, list[Any]] = {True: [], False: []}
+    for moe, first, end in config.runs:
+        part: Any = (params.layers if moe else params.dense_layers, extras.get(moe))
+        if end - first < len(config.moe_layers if moe else config.dense_layers):
+            # Only models whose kinds of layers alternate; a slice may cost a copy of these layers' weights.
+            part = jax.tree.map(lambda leaf, a=first, b=end: leaf[a:b], part)
+        x, result = narrow.scan(step, x, part)
+        results[moe].append(result)
+    return x, {kind: _joined(runs) for kind, runs in results.items()}
+
+
+def _joined(runs: list[Any]) -> Any:
+    """Results of several runs of layers as those of one."""
+    if len(runs) < 2:
+        return runs[0] if runs else None
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *runs)
+
+
+class LayerHook(NamedTuple):
+    """Replaces each layer's weights inside the loop over layers: `change(layer, extra)`.
+
+    `layers` and `dense_layers` hold what each layer gets as `extra`, with a leading axis over the layers of that kind.
+    """
+
+    change: Callable[[Layer | DenseLayer, Any], Layer | DenseLayer]
+    layers: Any
+    dense_layers: Any
 
 
 def _hardware_of(
@@ -114,11 +165,13 @@ def hidden_states(
     calibration: Calibration | None = None,
     read_key: jax.Array | None = None,
     observe: Observer | None = None,
+    hook: LayerHook | None = None,
 ) -> tuple[Float[Array, "batch seq hidden"], Routing, tuple[dict[str, Any], dict[str, Any]]]:
     """Final normed hidden states, the routing of every layer, and what `observe` returned at every matrix input.
 
-    Arguments as in `forward`. The routing is that of the layers with experts, on a leading axis; the observations are
-    those of the layers with and without experts, by site, likewise stacked.
+    Arguments as in `forward`; `hook` changes every layer before it is used. The routing is that of the layers with
+    experts, on a leading axis; the observations are those of the layers with and without experts, by site, likewise
+    stacked.
     """
     _check_inputs(params, tokens, config)
     check_analog(config, plan, spec, programmed, calibration, read_key)
@@ -126,31 +179,20 @@ def hidden_states(
     if plan is not None and spec is not None and programmed is not None:
         hardware = _hardware(config, plan, spec, programmed, calibration, read_key)
 
-    def step(x: Array, scanned: tuple[Layer | DenseLayer, LayerHardware | None]) -> tuple[Array, Any]:
-        layer, layer_hardware = scanned
+    def step(x: Array, scanned: tuple[Layer | DenseLayer, tuple[LayerHardware | None, Any]]) -> tuple[Array, Any]:
+        layer, (layer_hardware, extra) = scanned
+        if hook is not None:
+            layer = hook.change(layer, extra)
         probe = Probe(observe)
-        x, routing = _decoder_layer(x, layer, config, layer_hardware, probe)
-        return x, (routing, probe.seen)
+        result = decoder_layer(x, layer, config, layer_hardware, probe)
+        return result.x, (result.routing, probe.seen)
 
-    x = params.embed[tokens]
-    results: dict[bool, list[Any]] = {True: [], False: []}
-    for moe, first, end in config.runs:
-        stack = params.layers if moe else params.dense_layers
-        part: Any = (stack, hardware.get(moe))
-        if end - first < len(config.moe_layers if moe else config.dense_layers):
-            # Only models whose kinds of layers alternate; a slice may cost a copy of these layers' weights.
-            part = jax.tree.map(lambda leaf, a=first, b=end: leaf[a:b], part)
-        x, result = narrow.scan(step, x, part)
-        results[moe].append(result)
-    (routing, seen), (_, seen_dense) = (_joined(results[kind]) for kind in (True, False))
+    changes = {True: None, False: None} if hook is None else {True: hook.layers, False: hook.dense_layers}
+    extras = {kind: (hardware.get(kind), change) for kind, change in changes.items()}
+    x, results = scan_layers(step, params.embed[tokens], params, config, extras)
+    routing, seen = results[True]
+    seen_dense = {} if results[False] is None else results[False][1]
     return rms_norm(x, params.final_norm, config.rms_norm_eps), routing, (seen, seen_dense)
-
-
-def _joined(runs: list[Any]) -> Any:
-    """Results of several runs of layers as those of one."""
-    if len(runs) < 2:
-        return runs[0] if runs else (None, {})
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *runs)
 
 
 def head_matrix(params: Params) -> Float[Array, "hidden vocab"]:

@@ -1,21 +1,29 @@
 """Rules that score experts; for every rule a higher score means "keep digital"."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
+from hetmoe.analog.calibration import Calibration
 from hetmoe.analog.random import require_key
+from hetmoe.analog.spec import AnalogSpec
 from hetmoe.errors import InputError
+from hetmoe.evaluate.run import loss_batches
 from hetmoe.models.config import ModelConfig, check_tokens
 from hetmoe.models.model import Model
 from hetmoe.models.params import MoE, Params
 from hetmoe.models.routing import Routing
 from hetmoe.models.transformer import hidden_states
+from hetmoe.placement.measured import measure
+from hetmoe.placement.module_scores import ModuleScores
+from hetmoe.placement.noise_sensitivity import noise_sensitivity
 
 DownAxis = Literal["hidden", "output"]
+BATCH = 16  # sequences run at once
 
 
 def max_neuron_norm(moe: MoE, down_axis: DownAxis = "hidden") -> Float[Array, "layers experts"]:
@@ -64,7 +72,8 @@ _FROM_ROUTING: dict[str, Callable[[Routing], Array]] = {
     "activation_frequency": activation_frequency,
     "activation_weight": activation_weight,
 }
-RULES = ("max_neuron_norm", "activation_frequency", "activation_weight", "router_norm", "random")
+DEVICE_RULES = ("noise_sensitivity", "measured")  # depend on the analog hardware
+RULES = ("max_neuron_norm", "activation_frequency", "activation_weight", "router_norm", "random", *DEVICE_RULES)
 
 
 def score_experts(
@@ -74,21 +83,33 @@ def score_experts(
     key: jax.Array | None = None,
     tokens: Int[Array, "sequences seq"] | None = None,
     down_axis: DownAxis = "hidden",
+    spec: AnalogSpec | None = None,
+    calibration: Calibration | None = None,
+    seeds: int = 8,
 ) -> Float[Array, "layers experts"]:
     """Scores every expert of every MoE layer by one of `RULES`.
 
     Args:
         model: a loaded model.
         rule: name of the rule.
-        key: PRNG key, needed by (and only by) `random`: uniform scores.
-        tokens: text to route, needed by (and only by) the activation rules; run digitally, 16 sequences at a time.
+        key: PRNG key, needed by `random` (uniform scores) and the rules that need `spec`.
+        tokens: text to route, needed by the activation rules, 16 sequences at a time; for the rules that need `spec`
+            each row predicts its tokens from the second on.
         down_axis: what a neuron of `down` is, for `max_neuron_norm`.
+        spec: analog hardware, needed by `noise_sensitivity` (expected loss increase, `hetmoe.placement.
+            noise_sensitivity`) and `measured` (`hetmoe.placement.measured`), whose scores are nats per token.
+        calibration: DAC ranges for `measured`; None = dynamic.
+        seeds: noise seeds of `measured`: `jax.random.split(key, seeds)`.
 
     Raises:
-        InputError: for an unknown rule, or a missing key or tokens.
+        InputError: for an unknown rule, or a missing key, tokens or spec.
     """
     if rule not in RULES:
         raise InputError(f"unknown rule {rule!r}: use one of {', '.join(RULES)}")
+    if rule in DEVICE_RULES:
+        return score_modules(
+            model, rule, key=key, tokens=tokens, spec=spec, calibration=calibration, seeds=seeds, dense=False
+        ).experts
     moe = model.params.layers.moe
     if rule == "max_neuron_norm":
         return max_neuron_norm(moe, down_axis)
@@ -102,6 +123,40 @@ def score_experts(
     return _mean_over_batches(model, tokens, _FROM_ROUTING[rule])
 
 
+def score_modules(
+    model: Model,
+    rule: str,
+    *,
+    key: jax.Array | None,
+    tokens: Int[Array, "sequences context"] | None,
+    spec: AnalogSpec | None,
+    calibration: Calibration | None,
+    seeds: int,
+    dense: bool,
+    jobs: int = 1,
+    progress: Callable[[int, int], Any] | None = None,
+) -> ModuleScores:
+    """Loss increase (nats per token) of every module when it alone is analog; with `dense`, of dense modules too.
+
+    Arguments as in `score_experts`; `jobs` and `progress` as in `hetmoe.placement.measured.measure`.
+    """
+    if rule not in DEVICE_RULES:
+        raise InputError(f"rule {rule!r} scores experts only: modules are compared by {' or '.join(DEVICE_RULES)}")
+    if spec is None or key is None:
+        raise InputError(f"rule {rule!r} needs spec=hetmoe.analog_spec(...) and key=jax.random.key(seed)")
+    require_key(key)
+    if tokens is None or tokens.ndim != 2 or tokens.shape[0] < 2 or tokens.shape[1] < 2:
+        raise InputError(f"rule {rule!r} needs tokens [sequences, context] of sample text, at least 2 x 2")
+    check_tokens(tokens, model.config)
+    if rule == "noise_sensitivity":
+        return noise_sensitivity(model, tokens, spec, key=key, dense=dense).total
+    if seeds < 1:
+        raise InputError(f"seeds={seeds} must be at least 1")
+    keys = jax.random.split(key, seeds)
+    batches = loss_batches(np.asarray(tokens), min(BATCH, tokens.shape[0]))
+    return measure(model, spec, calibration, keys, batches, dense=dense, jobs=jobs, progress=progress).mean
+
+
 def random_scores(key: jax.Array | None, config: ModelConfig) -> Float[Array, "layers experts"]:
     """Uniform scores. Raises InputError without a key."""
     if key is None:
@@ -110,13 +165,13 @@ def random_scores(key: jax.Array | None, config: ModelConfig) -> Float[Array, "l
     return jax.random.uniform(key, (len(config.moe_layers), config.num_experts))
 
 
-def _mean_over_batches(model: Model, tokens: Array, statistic: Callable[[Routing], Array], batch: int = 16) -> Array:
+def _mean_over_batches(model: Model, tokens: Array, statistic: Callable[[Routing], Array]) -> Array:
     @jax.jit
     def run(params: Params, part: Array) -> Array:
         return statistic(hidden_states(params, part, model.config)[1])
 
     total = jnp.zeros((len(model.config.moe_layers), model.config.num_experts))
-    for start in range(0, tokens.shape[0], batch):
-        part = tokens[start : start + batch]
+    for start in range(0, tokens.shape[0], BATCH):
+        part = tokens[start : start + BATCH]
         total = total + run(model.params, part) * part.shape[0]
     return total / tokens.shape[0]

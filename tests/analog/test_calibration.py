@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetmoe.analog.calibration import Moments, RangeMethod, merge_ranges, observe_inputs
+from hetmoe.analog.calibration import InputStatistics, RangeMethod, calibration_from, input_ranges
+from hetmoe.analog.moments import Moments, observe_inputs
 from hetmoe.analog.spec import analog_spec
 from hetmoe.errors import InputError
 from hetmoe.models.hardware import LayerHardware
@@ -102,6 +103,16 @@ def made_moments(std: np.ndarray, count: np.ndarray, maximum: np.ndarray | None 
     )
 
 
+def stacked(batches: list[Moments]) -> Moments:
+    return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *batches)
+
+
+def pooled_std(batch: Moments) -> np.ndarray:
+    """Standard deviation over all groups of a layer together, float64."""
+    count, total, square = (np.asarray(v, np.float64).sum(axis=-2) for v in (batch.count, batch.total, batch.square))
+    return np.sqrt(square / count - (total / count) ** 2)
+
+
 @pytest.mark.parametrize("decay", [0.99, 0.5, 0.0])
 def test_moving_average_skips_batches_without_tokens(decay: float) -> None:
     """Group 0 is always seen, 1 from the second batch on, 2 in the first and third, 3 never; two layers, two tiles."""
@@ -110,23 +121,25 @@ def test_moving_average_skips_batches_without_tokens(decay: float) -> None:
     stds = rng.uniform(0.5, 2.0, (4, 2, GROUPS, 2))  # batch, layer, group, tile
     counts = [np.broadcast_to(10.0 * (batch + 1) * present[:, batch][:, None], (2, GROUPS, 2)) for batch in range(4)]
     batches = [made_moments(np.where(count > 0, std, 9.0), count) for std, count in zip(stds, counts, strict=True)]
-    ranges, seen = merge_ranges(batches, RangeMethod(k=8.0, decay=decay))
-    np.testing.assert_array_equal(seen, sum(counts))
+    ranges = input_ranges(stacked(batches), RangeMethod(k=8.0, decay=decay))
+
+    def average(history: Any) -> Any:
+        value, *rest = history
+        for new in rest:
+            value = decay * value + (1 - decay) * new
+        return value
+
     for layer, group, tile in np.ndindex(2, 3, 2):
-        history = stds[present[group], layer, group, tile]
-        average = history[0]
-        for value in history[1:]:
-            average = decay * average + (1 - decay) * value
-        np.testing.assert_allclose(ranges[layer, group, tile], 8.0 * average, rtol=1e-5)  # the std is float32
-    # A group that never got a token takes the mean of those of its own layer and tile.
-    np.testing.assert_allclose(ranges[:, 3], ranges[:, :3].mean(axis=1), rtol=1e-12)
+        expected = 8.0 * average(stds[present[group], layer, group, tile])
+        np.testing.assert_allclose(ranges[layer, group, tile], expected, rtol=1e-5)  # the std is float32
+    # A group that never got a token takes the range of all tokens of its layer and tile.
+    np.testing.assert_allclose(ranges[:, 3], 8.0 * average([pooled_std(b) for b in batches]), rtol=1e-5)
 
 
 def test_nothing_seen_gives_zero() -> None:
     nothing = made_moments(np.ones((3, 2)), np.zeros((3, 2)), np.zeros((3, 2)))
     for how in (RangeMethod(), RangeMethod(method="max")):
-        ranges, seen = merge_ranges([nothing], how)
-        assert not ranges.any() and not seen.any()
+        assert not input_ranges(stacked([nothing]), how).any()
 
 
 def test_maximum_over_all_batches() -> None:
@@ -135,9 +148,9 @@ def test_maximum_over_all_batches() -> None:
     count = np.ones((GROUPS, 2))
     count[3] = 0
     batches = [made_moments(np.ones((GROUPS, 2)), count, value * (count > 0)) for value in largest]
-    ranges, _ = merge_ranges(batches, RangeMethod(method="max"))
+    ranges = input_ranges(stacked(batches), RangeMethod(method="max"))
     np.testing.assert_array_equal(ranges[:3], largest.max(axis=0)[:3])
-    np.testing.assert_allclose(ranges[3], largest.max(axis=0)[:3].mean(axis=0), rtol=1e-6)
+    np.testing.assert_array_equal(ranges[3], largest.max(axis=0)[:3].max(axis=0))
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -146,17 +159,48 @@ def test_quantile_within_the_resolution_of_the_histogram(seed: int, exponent: in
     """The range is at least the quantile of |x| over all batches, and at most one bin (4.4 %) above it."""
     batches = [routed(seed), routed(seed + 1)]
     batches = [(np.where(real[..., None], np.ldexp(x, exponent), x), real) for x, real in batches]
-    moments = [observed(x, real, histogram=True) for x, real in batches]
-    ranges, counts = merge_ranges(moments, RangeMethod(method="quantile", quantile=quantile))
-    for group in (0, 1, 3):
-        for index, tile in enumerate(TILES):
-            magnitudes = np.sort(np.abs(np.concatenate([seen_by(x, real, group, tile) for x, real in batches])))
-            assert counts[group, index] == magnitudes.size
+    moments = stacked([observed(x, real, histogram=True) for x, real in batches])
+    ranges = input_ranges(moments, RangeMethod(method="quantile", quantile=quantile))
+    for index, tile in enumerate(TILES):
+        seen = {g: np.concatenate([seen_by(x, real, g, tile) for x, real in batches]) for g in (0, 1, 3)}
+        # The group without tokens takes the quantile of all tokens of the layer.
+        for group, values in {**seen, 2: np.concatenate(list(seen.values()))}.items():
+            magnitudes = np.sort(np.abs(values))
             # The smallest value that a share of `quantile` does not exceed; log2 may round it over a bin's edge.
             exact = magnitudes[int(np.argmax(np.arange(1, magnitudes.size + 1) >= quantile * magnitudes.size))]
             assert exact * (1 - 1e-6) <= ranges[group, index] <= exact * RESOLUTION * (1 + 1e-6)
             assert ranges[group, index] <= magnitudes[-1]
-    np.testing.assert_allclose(ranges[2], ranges[[0, 1, 3]].mean(axis=0), rtol=1e-12)
+
+
+def statistics(tokens: list[float]) -> InputStatistics:
+    """One layer whose experts saw `tokens` tokens of 4 inputs in one tile, in one batch, with spreads 1, 2, 3, ..."""
+    count = np.array(tokens)[:, None] * 4
+    moments = stacked([made_moments(np.arange(1.0, len(tokens) + 1)[:, None], count)])
+    with_layer = jax.tree.map(lambda leaf: leaf[:, None], moments)
+    head = jax.tree.map(lambda leaf: leaf[:, :1], moments)
+    return InputStatistics(
+        layers={"experts_in": with_layer, "attention_in": jax.tree.map(lambda leaf: leaf[:, :, :1], with_layer)},
+        dense_layers={},
+        lm_head=head,
+        tokens_seen=np.array([tokens]),
+        tile_rows=512,
+    )
+
+
+def test_experts_with_few_tokens_take_the_range_of_their_layer() -> None:
+    given = statistics([100.0, 31.0, 32.0, 0.0])
+    found = calibration_from(given, RangeMethod(k=2.0, min_tokens=32))
+    together = 2.0 * pooled_std(jax.tree.map(lambda leaf: leaf[0, 0], given.layers["experts_in"]))
+    expected = np.stack([[2.0], together, [6.0], together])
+    np.testing.assert_allclose(found.layers["experts_in"][0], expected, rtol=1e-6)
+    np.testing.assert_array_equal(found.tokens_seen, [[100, 31, 32, 0]])
+    np.testing.assert_allclose(found.layers["attention_in"], [[2.0]], rtol=1e-6)  # dense: however few
+    assert float(calibration_from(given, RangeMethod(k=2.0, min_tokens=31)).layers["experts_in"][0, 1, 0]) == 4.0
+
+
+def test_quantiles_need_histograms() -> None:
+    with pytest.raises(InputError, match="'quantile' needs statistics with histograms"):
+        calibration_from(statistics([9.0, 9.0]), RangeMethod(method="quantile"))
 
 
 def test_matrices_that_share_an_input_share_its_range() -> None:
@@ -180,6 +224,8 @@ def test_matrices_that_share_an_input_share_its_range() -> None:
         ({"decay": -0.1}, "calibration decay=-0.1 must be within"),
         ({"quantile": 0.0}, r"calibration quantile=0.0 must be within \(0, 1\]"),
         ({"quantile": 1.1}, "calibration quantile=1.1 must be within"),
+        ({"min_tokens": 0}, "calibration min_tokens=0 must be a whole number of at least 1"),
+        ({"min_tokens": 1.5}, "calibration min_tokens=1.5 must be a whole number"),
     ],
 )
 def test_bad_methods_are_refused(monkeypatch: pytest.MonkeyPatch, bad: dict[str, Any], message: str) -> None:

@@ -225,3 +225,44 @@ def test_relative_spread_is_a_field(name):
     found = program(device, np.float32([[0.5, -0.5]]), {Stream.PROGRAM_PLUS: 1.0}, noise_scale=2.0)
     step = 0.5 if name == "additive" else 0.25
     np.testing.assert_allclose(found, [[0.5 + step, -0.5 + step]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("c", [0.0, 0.5, 4.0])
+@pytest.mark.parametrize("name", NAMES)
+def test_exact_moments_of_the_deviation(name, c):
+    """`programming_moments` against the fits in float64: censored Gaussians of a pair, plain ones of the others."""
+    w = np.float32([-1, -0.6, -0.1, -0.004, -0.001, 0, 0.001, 0.004, 0.02, 0.3, 1.0])
+    found = get_device(name).programming_moments(jnp.asarray(w)[:, None], scale=UNIT, noise_scale=c)
+    wide = w.astype(np.float64)
+    if name in PAIR_FITS and c > 0:
+        sides = [(g, censored_moments(g, c * pair_std(name, g))) for g in (np.maximum(wide, 0), np.maximum(-wide, 0))]
+        (plus, of_plus), (minus, of_minus) = sides
+        mean, variance = (of_plus[0] - plus) - (of_minus[0] - minus), of_plus[1] + of_minus[1]
+    else:
+        mean, variance = np.zeros_like(wide), (c * expected_std(name, wide)) ** 2
+        if name == "afm" and c > 0:
+            mean = np.where(180 * np.abs(wide) < 0.6, -wide, 0.0)
+    # float32 erf and polynomials: 1e-5 of the largest deviation, which is what a score sums up.
+    np.testing.assert_allclose(found.mean[:, 0], mean, rtol=1e-4, atol=2e-6 * c)
+    np.testing.assert_allclose(found.variance[:, 0], variance, rtol=2e-4, atol=1e-9 * c)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_exact_moments_are_those_of_the_draws(name):
+    w = np.tile(np.float32([-0.9, -0.02, 0, 0.004, 0.3]), (20_000, 1))
+    streams = {Stream.PROGRAM_PLUS: normal(21, w.shape), Stream.PROGRAM_MINUS: normal(22, w.shape)}
+    found = program(get_device(name), w, streams, noise_scale=2.0) - w
+    exact = get_device(name).programming_moments(jnp.asarray(w[:1]), scale=UNIT, noise_scale=2.0)
+    mean, variance = (np.asarray(v, np.float64)[0] for v in exact)
+    assert np.all(np.abs(found.mean(0) - mean) <= 4.5 * np.sqrt(variance / len(w)) + 1e-6)
+    spread = np.sqrt(np.maximum((((found - found.mean(0)) ** 4).mean(0) - variance**2) / len(w), 0))
+    assert np.all(np.abs(found.var(0, ddof=1) - variance) <= 4.5 * spread + 1e-9)
+
+
+def test_moments_where_nothing_is_spread_are_zero_and_finite():
+    zeros = GroupRange(jnp.zeros((1, 1)), jnp.zeros((1, 1)))
+    for name in NAMES:
+        found = get_device(name).programming_moments(jnp.zeros((3, 2)), scale=zeros, noise_scale=1.0)
+        assert not np.any(found.mean) and not np.any(found.variance)
+        tiny = get_device(name).programming_moments(jnp.float32([[0.7], [0.0]]), scale=UNIT, noise_scale=1e-30)
+        assert np.all(np.isfinite(np.stack(tiny)))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hetmoe.analog.devices import PCM, Device, Draw, GroupRange, Programmed, Stream
+from hetmoe.analog.devices import PCM, Device, Draw, GroupRange, NoiseMoments, Programmed, Stream
 from hetmoe.analog.devices.base import Scalar, ScaleGroup
 from hetmoe.analog.programming import ProgrammedWeights, program, program_matrix
 from hetmoe.analog.read_noise import make_read_noise
@@ -48,6 +48,10 @@ class Bare(Device):
         del scale, time_s  # Unused.
         noisy = w + noise_scale * draw(self.stream)
         return Programmed(noisy, noisy)
+
+    def programming_moments(self, w: jax.Array, *, scale: GroupRange, noise_scale: Scalar) -> NoiseMoments:
+        del scale  # Unused.
+        return NoiseMoments(jnp.zeros_like(w), jnp.full_like(w, noise_scale) ** 2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,16 @@
 from types import MappingProxyType
 
 from hetmoe.analog.devices.afm import AFM
-from hetmoe.analog.devices.base import Device, Draw, GroupRange, Programmed, ScaleGroup, Stream, group_range
+from hetmoe.analog.devices.base import (
+    Device,
+    Draw,
+    GroupRange,
+    NoiseMoments,
+    Programmed,
+    ScaleGroup,
+    Stream,
+    group_range,
+)
 from hetmoe.analog.devices.compensation import global_drift_compensation
 from hetmoe.analog.devices.gaussian import Additive, Proportional
 from hetmoe.analog.devices.hermes import Hermes, Hermes1
@@ -24,6 +33,7 @@ __all__ = [
     "GroupRange",
     "Hermes",
     "Hermes1",
+    "NoiseMoments",
     "Programmed",
     "Proportional",
     "ScaleGroup",

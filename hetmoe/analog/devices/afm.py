@@ -9,6 +9,7 @@ from hetmoe.analog.devices.base import (
     Device,
     Draw,
     GroupRange,
+    NoiseMoments,
     Programmed,
     Scalar,
     ScaleGroup,
@@ -71,3 +72,12 @@ class AFM(Device):
         dropped = (g < _DROPPED_BELOW) & (noise_scale > 0)
         noisy = jnp.where(dropped, 0.0, w + (scale.largest / _FULL_SCALE) * deviation)
         return Programmed(noisy, noisy)
+
+    def programming_moments(
+        self, w: Float[Array, "*batch K N"], *, scale: GroupRange, noise_scale: Scalar
+    ) -> NoiseMoments:
+        """See `Device.programming_moments`."""
+        g = jnp.abs(relative(w, scale.largest)) * _FULL_SCALE
+        std = noise_scale * self.programming_std(g) * (scale.largest / _FULL_SCALE)
+        dropped = (g < _DROPPED_BELOW) & (noise_scale > 0)
+        return NoiseMoments(mean=jnp.where(dropped, -w, 0.0), variance=jnp.square(std))

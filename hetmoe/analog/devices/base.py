@@ -61,6 +61,13 @@ class Programmed(NamedTuple):
     """With drift and read noise at the time asked for; `initial` itself when no time was given."""
 
 
+class NoiseMoments(NamedTuple):
+    """Mean and variance of `W' - W` of every weight, in the unit of the weights and its square."""
+
+    mean: Float[Array, "..."]
+    variance: Float[Array, "..."]
+
+
 def group_range(w: Float[Array, "*batch K N"], group: ScaleGroup, tile_rows: int) -> GroupRange:
     """Range of the weights that share one scale, computed per matrix (leading axes are never mixed).
 
@@ -144,6 +151,12 @@ class Device(abc.ABC):
         Raises:
             InputError: for a time given to a device without a drift model.
         """
+
+    @abc.abstractmethod
+    def programming_moments(
+        self, w: Float[Array, "*batch K N"], *, scale: GroupRange, noise_scale: Scalar
+    ) -> NoiseMoments:
+        """Exact moments of `program(...).initial - w`, clipping included; of independent weights, both of w's shape."""
 
     def check_time(self, time_s: Scalar | None) -> None:
         """Refuses a time where the source publishes no drift.

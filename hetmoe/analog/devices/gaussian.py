@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from hetmoe.analog.devices.base import Device, Draw, GroupRange, Programmed, Scalar, ScaleGroup, Stream
+from hetmoe.analog.devices.base import Device, Draw, GroupRange, NoiseMoments, Programmed, Scalar, ScaleGroup, Stream
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,13 @@ class Additive(Device):
         noisy = w + noise_scale * self.programming_std(scale.largest) * draw(Stream.PROGRAM_PLUS)
         return Programmed(noisy, noisy)
 
+    def programming_moments(
+        self, w: Float[Array, "*batch K N"], *, scale: GroupRange, noise_scale: Scalar
+    ) -> NoiseMoments:
+        """See `Device.programming_moments`."""
+        std = jnp.broadcast_to(noise_scale * self.programming_std(scale.largest), w.shape)
+        return NoiseMoments(mean=jnp.zeros_like(w), variance=jnp.square(std))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Proportional(Device):
@@ -82,3 +89,10 @@ class Proportional(Device):
         self.check_time(time_s)
         noisy = w + noise_scale * self.programming_std(w) * draw(Stream.PROGRAM_PLUS)
         return Programmed(noisy, noisy)
+
+    def programming_moments(
+        self, w: Float[Array, "*batch K N"], *, scale: GroupRange, noise_scale: Scalar
+    ) -> NoiseMoments:
+        """See `Device.programming_moments`."""
+        del scale  # Unused.
+        return NoiseMoments(mean=jnp.zeros_like(w), variance=jnp.square(noise_scale * self.programming_std(w)))

@@ -4,10 +4,21 @@ import abc
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from hetmoe.analog.devices.base import Device, Draw, GroupRange, Programmed, Scalar, ScaleGroup, Stream, relative
+from hetmoe.analog.devices.base import (
+    Device,
+    Draw,
+    GroupRange,
+    NoiseMoments,
+    Programmed,
+    Scalar,
+    ScaleGroup,
+    Stream,
+    relative,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +88,34 @@ class DifferentialPair(Device, abc.ABC):
             read_normal=draw(Stream.READ_MINUS),
         )
         return Programmed(initial, unit * (read_plus - read_minus))
+
+    def programming_moments(
+        self, w: Float[Array, "*batch K N"], *, scale: GroupRange, noise_scale: Scalar
+    ) -> NoiseMoments:
+        """See `Device.programming_moments`: the difference of two censored Gaussians."""
+        g = relative(w, scale.largest) * self.g_max_us
+        plus, minus = jnp.maximum(g, 0.0), jnp.maximum(-g, 0.0)
+        of_plus = _censored_moments(plus, noise_scale * self.programming_std(plus))
+        of_minus = _censored_moments(minus, noise_scale * self.programming_std(minus))
+        unit = scale.largest / self.g_max_us
+        return NoiseMoments(
+            mean=unit * (of_plus.mean - of_minus.mean),
+            variance=jnp.square(unit) * (of_plus.variance + of_minus.variance),
+        )
+
+
+def _censored_moments(g: Float[Array, "*shape"], std: Float[Array, "*shape"]) -> NoiseMoments:
+    """Moments of `max(std z, -g)` for a standard normal z.
+
+    With a = g / std: mean `std (phi(a) - a Phi(-a))` and second moment `std^2 (Phi(a) - a phi(a) + a^2 Phi(-a))`, the
+    partial moments of a normal distribution.
+    """
+    positive = std > 0
+    a = jnp.where(positive, jnp.minimum(g / jnp.where(positive, std, 1.0), 1e3), 1e3)  # 1e3: nothing is censored
+    density, below, above = jax.scipy.stats.norm.pdf(a), jax.scipy.stats.norm.cdf(a), jax.scipy.stats.norm.sf(a)
+    mean = density - a * above
+    second = below - a * density + jnp.square(a) * above
+    return NoiseMoments(mean=std * mean, variance=jnp.square(std) * (second - jnp.square(mean)))
 
 
 def _censored(g: Float[Array, "*shape"], deviation: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

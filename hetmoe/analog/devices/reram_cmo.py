@@ -9,6 +9,7 @@ from hetmoe.analog.devices.base import (
     Device,
     Draw,
     GroupRange,
+    NoiseMoments,
     Programmed,
     Scalar,
     ScaleGroup,
@@ -94,9 +95,7 @@ class CMOReRAM(Device):
     ) -> Programmed:
         """See `Device.program`."""
         self.check_time(time_s)
-        span = scale.high - scale.low
-        g = self.g_min_us + (self.g_max_us - self.g_min_us) * relative(w - scale.low, span)
-        unit = span / (self.g_max_us - self.g_min_us)
+        g, unit = self._mapped(w, scale)
         deviation = noise_scale * self.programming_std(g) * draw(Stream.PROGRAM_PLUS)
         initial = w + unit * deviation
         if time_s is None:
@@ -107,3 +106,17 @@ class CMOReRAM(Device):
         read = self.read_std(g + (deviation + shift), age) * draw(Stream.READ_PLUS)
         total = jnp.clip(deviation + shift + read, self.g_min_us - g, self.g_max_us - g)
         return Programmed(initial, jnp.where(started, w + unit * total, initial))
+
+    def programming_moments(
+        self, w: Float[Array, "*batch K N"], *, scale: GroupRange, noise_scale: Scalar
+    ) -> NoiseMoments:
+        """See `Device.programming_moments`."""
+        g, unit = self._mapped(w, scale)
+        std = noise_scale * self.programming_std(g) * unit
+        return NoiseMoments(mean=jnp.zeros_like(w), variance=jnp.square(std))
+
+    def _mapped(self, w: Array, scale: GroupRange) -> tuple[Array, Array]:
+        """(target conductances in uS, weight per uS)."""
+        span = scale.high - scale.low
+        g = self.g_min_us + (self.g_max_us - self.g_min_us) * relative(w - scale.low, span)
+        return g, span / (self.g_max_us - self.g_min_us)
