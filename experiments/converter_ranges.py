@@ -16,7 +16,8 @@ import numpy as np
 from rich.table import Table
 
 import hetmoe
-from hetmoe.commands.common import WINDOWS_TO_CALIBRATE, make_console
+from hetmoe.commands.common import make_console
+from hetmoe.evaluate.prepare import WINDOWS_TO_CALIBRATE
 from hetmoe.evaluate.run import evaluate_digital, evaluate_seeds, make_batches
 from hetmoe.evaluate.text import heldout_files, load_windows, split_windows
 from hetmoe.placement.plan import stack_plans

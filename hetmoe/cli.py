@@ -8,7 +8,7 @@ from typing import Annotated, cast
 
 import typer
 
-from hetmoe.errors import CheckpointWarning, InputError
+from hetmoe.errors import CheckpointWarning, InputError, Interrupted
 
 # Typer carries its own copy of click and exports only this leaf of its exceptions: take the root of usage errors.
 _ROOT = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -150,6 +150,24 @@ def eval(  # noqa: A001
     )  # fmt: skip
 
 
+@app.command(epilog="Example: hetmoe sweep rules.toml -o build/rules")
+def sweep(
+    config: Annotated[Path, typer.Argument(help="TOML file: model, text, grid of points, hardware.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory of the results; default: CONFIG without suffix.")
+    ] = None,
+    extend: Annotated[bool, typer.Option(help="Add points: the axes of [grid] have only grown.")] = False,
+    status: Annotated[bool, typer.Option(help="Count finished, claimed and open points, and stop.")] = False,
+) -> None:
+    """Evaluate a grid of placements, devices, noise scales, times, bits and seeds into DIR/sweep.sqlite.
+
+    The same command goes on where it was stopped, however that was. Run it several times at once to share the work.
+    """
+    from hetmoe.commands.sweep import run
+
+    run(config, output, extend=extend, status=status)
+
+
 def _show_warning(
     message: Warning | str,
     category: type[Warning],
@@ -179,6 +197,9 @@ def main() -> None:
         where = "" if error.filename is None else f"{error.filename}: "
         print(f"hetmoe: {where}{error.strerror or error}", file=sys.stderr)
         sys.exit(1)
+    except Interrupted as error:
+        print(f"hetmoe: interrupted; {error}", file=sys.stderr)
+        sys.exit(130)
     except (typer.Abort, KeyboardInterrupt):
         print("hetmoe: interrupted; nothing was written", file=sys.stderr)
         sys.exit(130)

@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class CheckpointWarning(UserWarning):
     """A checkpoint loads, but holds something that its user should know of."""
+
+
+class Interrupted(Exception):  # noqa: N818 (no error: the user asked for it)
+    """Ctrl-C in a job that keeps what it has done; the message says what that is."""

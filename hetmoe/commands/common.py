@@ -10,8 +10,6 @@ from rich.console import Console
 from hetmoe.evaluate.text import heldout_files, read_text
 from hetmoe.files import write_text
 
-WINDOWS_TO_CALIBRATE = 16  # set aside from the evaluated text
-
 
 def make_console() -> Console:
     """The terminal; 160 columns wide where output goes to a file or a pipe, so that no table is cut."""

@@ -9,17 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from hetmoe.analog.calibration import Calibration, RangeMethod
 from hetmoe.analog.read_noise import make_read_noise
 from hetmoe.analog.spec import AnalogSpec, analog_spec, describe
 from hetmoe.checkpoint.load import load_model, parse_dtype
-from hetmoe.commands.common import WINDOWS_TO_CALIBRATE, choose_text, make_console, write_json
+from hetmoe.commands.common import choose_text, make_console, write_json
+from hetmoe.commands.progress import show_progress
+from hetmoe.commands.tables import metric_tables
 from hetmoe.errors import InputError
 from hetmoe.evaluate.calibrate import calibrate
-from hetmoe.evaluate.next_word import word_questions
 from hetmoe.evaluate.noise_sweep import (
     Placement,
     Point,
@@ -30,16 +29,14 @@ from hetmoe.evaluate.noise_sweep import (
     random_placement,
 )  # fmt: skip
 from hetmoe.evaluate.plot import plot_sweep
+from hetmoe.evaluate.prepare import noise_keys, placement_keys, prepare_text
 from hetmoe.evaluate.provenance import provenance
-from hetmoe.evaluate.run import make_batches
-from hetmoe.evaluate.text import Windows, load_windows, split_windows
+from hetmoe.evaluate.text import Windows
 from hetmoe.files import check_writable, write_bytes
 from hetmoe.models.model import Model, model_fingerprint
 from hetmoe.placement.plan import Plan, all_analog, digital_count, experts_analog, place
 from hetmoe.placement.plan_file import load_plan
 from hetmoe.placement.scores import RULES, score_experts
-
-DEFAULT_TOKENS = 16384
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,30 +120,26 @@ def run(request: EvalRequest) -> None:
         raise InputError(f"--seq {request.seq} exceeds the model's context of {model.config.max_position_embeddings}")
     saved = None if request.plan is None else load_plan(request.plan, model)
     files = choose_text(request.text)
-    sources = load_windows(model, files, request.seq)
-    to_calibrate = 0 if request.input_range == "dynamic" else WINDOWS_TO_CALIBRATE
-    available = sum(len(s) for s in sources) - to_calibrate
-    count = min(DEFAULT_TOKENS // request.seq, available) if request.tokens is None else request.tokens // request.seq
-    windows, aside = split_windows(sources, max(count, 1), to_calibrate)
-
-    choices, asked = word_questions(windows, sources, request.seed)
-    batches = make_batches(windows, choices, asked, min(request.batch, len(windows)))
-    size = TextSize(tokens=windows.byte_count.size, bytes=int(windows.byte_count.sum()), questions=int(asked.sum()))
+    text = prepare_text(
+        model, files, tokens=request.tokens, seq=request.seq, batch=request.batch, seed=request.seed,
+        calibrate=request.input_range != "dynamic",
+    )  # fmt: skip
+    batches, size = text.batches, text.size
     console.print(
         f"[bold]{model.name}[/bold]: {size.tokens:,} held-out tokens, {size.bytes:,} bytes, {size.questions:,} "
         f"next-word questions; device {request.device}, {request.seeds} noise seeds, {jax.devices()[0].device_kind}"
     )
     calibration = None
-    if to_calibrate:
+    if text.aside is not None:
         calibration = calibrate(
             model.params,
-            jnp.asarray(aside.tokens[:, :-1]),
+            jnp.asarray(text.aside.tokens[:, :-1]),
             model.config,
             request.range_method(),
             tile_rows=request.tile_rows,
         )
-    keys = jax.random.split(jax.random.key(request.seed), request.seeds)
-    placements = make_placements(request, model, saved, aside if to_calibrate else windows, keys)
+    keys = noise_keys(request.seed, request.seeds)
+    placements = make_placements(request, model, saved, text.sample, keys)
     digital = digital_point(model, batches, size)
     points = _sweep(request, model, calibration, placements, keys, batches, size, console)
     seconds = time.perf_counter() - started
@@ -159,7 +152,7 @@ def run(request: EvalRequest) -> None:
         if getattr(digital, metric) is None:
             console.print("no next-word accuracy: the text has too few different words that are one token")
             continue
-        for table in _tables(title, metric, factor, digital, points, console):
+        for table in metric_tables(title, metric, factor, digital, points, console):
             console.print(table)
     console.print(f"mean ± standard error over {request.seeds} seeds; done in {seconds:.0f} s")
     if request.plot is not None:
@@ -191,7 +184,7 @@ def make_placements(
             Placement(name=f"{request.rule} {fraction:.1%} digital", plans=[place(scores, fraction)])
             for fraction in request.fractions
         )
-    random_keys = jax.random.split(jax.random.fold_in(jax.random.key(request.seed), 1), len(keys))
+    random_keys = placement_keys(request.seed, len(keys))
     lines.extend(random_placement(f"random {f:.1%} digital", model, f, random_keys) for f in request.fractions)
     return lines
 
@@ -202,20 +195,7 @@ def _sweep(
 ) -> list[Point]:  # fmt: skip
     spec = request.spec(request.noise_scales[0])
     total = evaluations(placements, request.noise_scales, spec, request.seeds)
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    )  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("noise seeds x placements", total=total)
-        done = 0
-
-        def advance(count: int) -> None:
-            nonlocal done
-            bar.advance(task, count)
-            if not console.is_terminal and (done + count) * 10 // total > done * 10 // total:  # a log has no bar
-                console.print(f"{(done + count) / total:.0%} of {total} evaluations")
-            done += count
-
+    with show_progress(console, "noise seeds x placements", "evaluations", total) as advance:
         return noise_sweep(
             model, spec, calibration, placements, request.noise_scales, keys, batches, size,
             jobs=request.jobs or (2 if jax.default_backend() == "cpu" else 1),
@@ -223,48 +203,12 @@ def _sweep(
         )  # fmt: skip
 
 
-def _tables(
-    title: str, metric: str, factor: float, digital: Point, points: list[Point], console: Console
-) -> list[Table]:
-    """One table, or several where the terminal is too narrow for all noise scales."""
-    scales = list(dict.fromkeys(p.noise_scale for p in points))
-    names = list(dict.fromkeys(p.placement for p in points))
-    digits = 3 if metric == "bits_per_byte" else 2
-
-    def cell(point: Point) -> str:
-        error = point.standard_error(metric)
-        spread = "" if error is None else f" ± {error * factor:.{digits}f}"
-        return f"{point.mean(metric) * factor:.{digits}f}{spread}"
-
-    cells = {(p.placement, p.noise_scale): cell(p) for p in points}
-    widths = {s: max(len(f"c = {s:g}"), *(len(cells[n, s]) for n in names)) + 3 for s in scales}
-    room = console.width - max(len(n) for n in names) - 4
-    parts: list[list[float]] = []
-    for scale in scales:
-        if parts and sum(widths[s] for s in parts[-1]) + widths[scale] <= room:
-            parts[-1].append(scale)
-        else:
-            parts.append([scale])
-
-    tables: list[Table] = []
-    for part in parts:
-        table = Table(title=title, title_justify="left", title_style="bold")
-        table.add_column("placement", no_wrap=True)
-        for scale in part:
-            table.add_column(f"c = {scale:g}", justify="right", no_wrap=True)
-        table.add_row("all digital", *[f"{digital.mean(metric) * factor:.{digits}f}"] * len(part))
-        for name in names:
-            table.add_row(name, *(cells[name, scale] for scale in part))
-        tables.append(table)
-    return tables
-
-
 def _record(
     request: EvalRequest, model: Model, files: list[Path], size: TextSize, digital: Point, points: list[Point],
     seconds: float,
 ) -> dict[str, Any]:  # fmt: skip
     options = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(request).items()}
-    keys = jax.random.split(jax.random.key(request.seed), request.seeds)
+    keys = noise_keys(request.seed, request.seeds)
     return {
         "format": "hetmoe-eval-1",
         "provenance": provenance(),

@@ -68,7 +68,8 @@ def random_placement(name: str, model: Model, fraction: float, keys: jax.Array) 
     return Placement(name=name, plans=plans)
 
 
-def _point(name: str, scale: float, totals: Totals, size: TextSize, *, deterministic: bool) -> Point:
+def make_point(name: str, scale: float, totals: Totals, size: TextSize, *, deterministic: bool) -> Point:
+    """A placement at one noise scale, from totals of all seeds or of one. Raises InputError for NaN and infinity."""
     nll = np.atleast_1d(np.asarray(totals.nll, np.float64))
     correct = np.atleast_1d(np.asarray(totals.correct, np.float64))
     if not np.isfinite(nll).all():
@@ -89,7 +90,7 @@ def _point(name: str, scale: float, totals: Totals, size: TextSize, *, determini
 def digital_point(model: Model, batches: Batches, size: TextSize) -> Point:
     """The model without any analog part: what all others are compared with."""
     totals = evaluate_digital(model.params, batches, model.config)
-    return _point("all digital", 0.0, totals, size, deterministic=True)
+    return make_point("all digital", 0.0, totals, size, deterministic=True)
 
 
 def noise_sweep(
@@ -159,7 +160,7 @@ def noise_sweep(
                     alone = quiet and len(placement.plans) == 1
                     rows = slice(0, 1) if alone else slice(None)
                     totals = Totals(nll=nll[rows, column], correct=correct[rows, column])
-                    points[placement.name, scale] = _point(placement.name, scale, totals, size, deterministic=alone)
+                    points[placement.name, scale] = make_point(placement.name, scale, totals, size, deterministic=alone)
     return [points[placement.name, scale] for placement in placements for scale in noise_scales]
 
 

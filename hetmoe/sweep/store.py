@@ -1,15 +1,23 @@
 """The results of a sweep, as they are read."""
 
+import contextlib
 import dataclasses
+import json
+import sqlite3
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hetmoe.sweep.points import SweepPoint
+from hetmoe.errors import InputError
+from hetmoe.sweep.database import FILE, connect_to_read, is_empty, one_line, read_meta
+from hetmoe.sweep.identity import check_identity
+from hetmoe.sweep.lock import is_alive
+from hetmoe.sweep.points import SweepPoint, point_id
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SweepResult:
-    """One finished point."""
+class Measurement:
+    """What the evaluation of a point gave."""
 
     point: SweepPoint
     nll: float  # summed negative log-likelihood, nats
@@ -22,6 +30,12 @@ class SweepResult:
     accuracy: float | None
     digital_parameters: int  # parameters of crossbar-capable modules that the plan keeps digital
     crossbar_parameters: int  # all parameters of such modules
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepResult(Measurement):
+    """One finished point."""
+
     provenance: dict[str, Any]  # how, where and when it was evaluated
 
 
@@ -38,10 +52,106 @@ class SweepRecord:
     results: list[SweepResult]
 
 
+MEASURED = tuple(f.name for f in dataclasses.fields(Measurement) if f.name != "point")
+POINT = tuple(f.name for f in dataclasses.fields(SweepPoint))
+_JSON = ("command", "versions", "key_words", "text")
+_PROVENANCE = (
+    "worker", "started_utc", "ended_utc", "seconds", "evaluated_together", "key_words", "run_started_utc", "command",
+    "git_revision", "code_digest", "versions", "platform", "machine", "device_platform", "device_kind", "device_count",
+    "text",
+)  # fmt: skip
+
+
 def read_sweep(directory: Path) -> SweepRecord:
     """Reads a store, finished or not.
 
     Raises:
         InputError: if the directory holds no store, one of a newer version, or a damaged one.
     """
-    raise NotImplementedError
+    path = directory / FILE
+    if not path.is_file():
+        raise InputError(f"{directory}: holds no sweep ({FILE} is not there); run hetmoe sweep first")
+    with one_line(path), contextlib.closing(connect_to_read(path)) as connection:
+        if is_empty(connection):
+            raise InputError(f"{directory}: holds a sweep that never began; run hetmoe sweep first")
+        connection.execute("BEGIN")  # all that is read is of one moment
+        meta = read_meta(connection, path)
+        order = "device, time_s, bits, placement, fraction, noise_scale, seed_index"
+        rows = connection.execute(f"SELECT * FROM results ORDER BY {order}").fetchall()
+        scores = connection.execute("SELECT rule, scores FROM scores ORDER BY rule").fetchall()
+    return SweepRecord(
+        config=meta["config"],
+        model=meta["model"],
+        code=meta["code"],
+        scores={row["rule"]: json.loads(row["scores"]) for row in scores},
+        frequencies=meta.get("frequencies"),
+        points=meta["points"],
+        results=[_result(row) for row in rows],
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepStatus:
+    """Counts of points."""
+
+    points: int
+    finished: int
+    claimed: int  # by processes that run
+
+    @property
+    def open(self) -> int:
+        """Points that nobody works on."""
+        return self.points - self.finished - self.claimed
+
+
+def read_status(
+    directory: Path, identity: dict[str, Any], points: Sequence[SweepPoint], *, extend: bool
+) -> SweepStatus:
+    """Counts of the points of a grid, and whether this run may add to the store: also what is checked early.
+
+    A directory without a store is one with nothing finished.
+
+    Args:
+        directory: of the store.
+        identity: what is known of `config`, `text`, `model` and `code`.
+        points: of the grid.
+        extend: see `check_identity`.
+
+    Raises:
+        InputError: for a directory that is none, another store, or one of other settings.
+    """
+    path = directory / FILE
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory}: is a file; name a directory with -o")
+    finished: set[str] = set()
+    claimed: set[str] = set()
+    if path.exists():
+        with one_line(path), contextlib.closing(connect_to_read(path)) as connection:
+            if not is_empty(connection):
+                check_identity(directory, read_meta(connection, path), identity, extend=extend)
+                finished, claimed = finished_points(connection), claimed_points(connection, directory)
+    ids = {point_id(point) for point in points}
+    return SweepStatus(points=len(ids), finished=len(ids & finished), claimed=len(ids & claimed))
+
+
+def finished_points(connection: sqlite3.Connection) -> set[str]:
+    """Points with a result."""
+    return {row["point_id"] for row in connection.execute("SELECT point_id FROM finished")}
+
+
+def claimed_points(connection: sqlite3.Connection, directory: Path) -> set[str]:
+    """Points that are not finished and that a living worker has claimed."""
+    rows = connection.execute(
+        "SELECT worker, point_id FROM claims WHERE point_id NOT IN (SELECT point_id FROM finished)"
+    ).fetchall()
+    living = {worker for worker in {row["worker"] for row in rows} if is_alive(directory, worker)}
+    return {row["point_id"] for row in rows if row["worker"] in living}
+
+
+def _result(row: sqlite3.Row) -> SweepResult:
+    provenance = {name: json.loads(row[name]) if name in _JSON else row[name] for name in _PROVENANCE}
+    return SweepResult(
+        point=SweepPoint(**{name: row[name] for name in POINT}),
+        **{name: row[name] for name in MEASURED},
+        provenance=provenance,
+    )

@@ -1,0 +1,196 @@
+"""CONFIG.toml of a sweep, read strictly: what is not understood is refused, never ignored."""
+
+import dataclasses
+import itertools
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from hetmoe.analog.calibration import RangeMethod
+from hetmoe.analog.devices import DEVICES
+from hetmoe.analog.spec import AnalogSpec, analog_spec
+from hetmoe.checkpoint.load import parse_dtype
+from hetmoe.errors import InputError
+from hetmoe.evaluate.prepare import DEFAULT_TOKENS
+from hetmoe.placement.plan import digital_count
+from hetmoe.placement.scores import RULES, check_down_axis
+from hetmoe.sweep.toml_table import TomlTable
+
+PROGRAMMED = "programmed"  # the time of a reading with programming noise only
+PLACEMENTS = ("all_digital", "experts_analog", "all_analog")
+LARGEST_SEED = 2**32 - 1  # a key holds 32 bits of it
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """Table `[text]`. `tokens` is None where none is given: the default, or what there is."""
+
+    files: tuple[str, ...]
+    tokens: int | None
+    seq: int
+    batch: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GridConfig:
+    """Table `[grid]`, named as there; a time is None for "programmed"."""
+
+    placements: tuple[str, ...]
+    rules: tuple[str, ...]
+    fractions: tuple[float, ...]
+    devices: tuple[str, ...]
+    noise_scales: tuple[float, ...]
+    times: tuple[float | None, ...]
+    bits: tuple[int, ...]
+    seeds: int
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HardwareConfig:
+    """Table `[hardware]`, named as there."""
+
+    input_range: str
+    range_k: float
+    adc_bound: float
+    bound_axis: str
+    tile_rows: int
+    drift_compensation: bool
+    down_axis: str
+
+    def range_method(self) -> RangeMethod | None:
+        """How DAC ranges are calibrated; None = dynamic."""
+        if self.input_range == "dynamic":
+            return None
+        return RangeMethod(method=self.input_range, k=self.range_k)  # pyright: ignore[reportArgumentType]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """A checked CONFIG."""
+
+    source: Path
+    model: str
+    dtype: str
+    text: TextConfig
+    grid: GridConfig
+    hardware: HardwareConfig
+
+    def text_files(self) -> list[Path]:
+        """The text files, relative to CONFIG; none = the embedded held-out text."""
+        return [self.source.parent / name for name in self.text.files]
+
+    def spec(self, device: str, noise_scale: float, time_s: float | None, bits: int) -> AnalogSpec:
+        """The analog hardware of a point."""
+        return analog_spec(
+            device, noise_scale=noise_scale, time_s=time_s,
+            drift_compensation=self.hardware.drift_compensation and time_s is not None,
+            dac_bits=bits or None, adc_bits=bits or None, adc_bound=self.hardware.adc_bound,
+            bound_axis=self.hardware.bound_axis, tile_rows=self.hardware.tile_rows,
+        )  # fmt: skip
+
+    def record(self) -> dict[str, Any]:
+        """Plain values under the names of CONFIG, defaults filled in."""
+        content = dataclasses.asdict(self)
+        del content["source"]
+        content["text"]["tokens"] = DEFAULT_TOKENS if self.text.tokens is None else self.text.tokens
+        content["grid"]["times"] = [PROGRAMMED if time is None else time for time in self.grid.times]
+        for table in ("text", "grid"):
+            content[table] = {k: list(v) if isinstance(v, tuple) else v for k, v in content[table].items()}
+        return content
+
+
+def read_config(path: Path) -> SweepConfig:
+    """Reads and checks a CONFIG; every point's hardware is built once, so that none is refused halfway.
+
+    Raises:
+        InputError: naming the file, the key, and what is allowed.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as TOML ({error})") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    top = TomlTable(path, "", content)
+    config = SweepConfig(
+        source=path,
+        model=top.text("model"),
+        dtype=top.text("dtype", "float32"),
+        text=_text(top.table("text")),
+        grid=_grid(top.table("grid", required=True)),
+        hardware=_hardware(top.table("hardware")),
+    )
+    top.finish()
+    try:
+        _check(config)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return config
+
+
+def _text(table: TomlTable) -> TextConfig:
+    config = TextConfig(
+        files=tuple(table.texts("files", ())),
+        tokens=table.whole("tokens", None, at_least=1),
+        seq=table.whole("seq", 256, at_least=1),
+        batch=table.whole("batch", 16, at_least=1),
+    )
+    table.finish()
+    return config
+
+
+def _grid(table: TomlTable) -> GridConfig:
+    times = (None if time == PROGRAMMED else time for time in table.numbers("times", (PROGRAMMED,), or_text=PROGRAMMED))
+    config = GridConfig(
+        placements=tuple(table.texts("placements", PLACEMENTS, of=PLACEMENTS)),
+        rules=tuple(table.texts("rules", (), of=RULES)),
+        fractions=tuple(table.numbers("fractions", ())),
+        devices=tuple(table.texts("devices", of=DEVICES)),
+        noise_scales=tuple(table.numbers("noise_scales")),
+        times=tuple(times),
+        bits=tuple(table.wholes("bits", (8,))),
+        seeds=table.whole("seeds", 8, at_least=1),
+        seed=table.whole("seed", 0, at_least=0, at_most=LARGEST_SEED),
+    )
+    table.finish()
+    return config
+
+
+def _hardware(table: TomlTable) -> HardwareConfig:
+    input_range = table.text("input_range", "ema_std")
+    config = HardwareConfig(
+        input_range=input_range,
+        range_k=table.number("range_k", 12.0),
+        adc_bound=table.number("adc_bound", 12.0 if input_range == "dynamic" else 3.0),
+        bound_axis=table.text("bound_axis", "tile"),
+        tile_rows=table.whole("tile_rows", 512, at_least=1),
+        drift_compensation=table.flag("drift_compensation", False),
+        down_axis=table.text("down_axis", "hidden"),
+    )
+    table.finish()
+    return config
+
+
+def _check(config: SweepConfig) -> None:
+    """Raises InputError for values that need neither model nor text to be seen wrong."""
+    grid, hardware = config.grid, config.hardware
+    for fraction in grid.fractions:
+        digital_count(fraction, 1)
+    for name in ("devices", "noise_scales", "times", "bits"):
+        if not getattr(grid, name):
+            raise InputError(f"[grid] {name} is empty; give at least one value")
+    if bool(grid.rules) != bool(grid.fractions):
+        present, absent = ("rules", "fractions") if grid.rules else ("fractions", "rules")
+        raise InputError(f"[grid] has {present} but no {absent}; a rule is evaluated at every fraction")
+    if not grid.placements and not grid.rules:
+        raise InputError("[grid] has neither placements nor rules; give at least one")
+    if hardware.drift_compensation and grid.times == (None,):
+        raise InputError("[hardware] drift_compensation needs a time in [grid] times: without one nothing drifts")
+    if config.text.tokens is not None and config.text.tokens < config.text.seq:
+        raise InputError(f"[text] tokens {config.text.tokens} is less than one window of seq {config.text.seq}")
+    parse_dtype(config.dtype)
+    check_down_axis(hardware.down_axis)
+    hardware.range_method()
+    for hardware_of_point in itertools.product(grid.devices, grid.noise_scales, grid.times, grid.bits):
+        config.spec(*hardware_of_point)

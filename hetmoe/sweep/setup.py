@@ -1,0 +1,127 @@
+"""What a worker makes once, before its first point: model, text, calibration, scores; and what identifies them."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hetmoe.analog.calibration import Calibration
+from hetmoe.checkpoint.load import load_model
+from hetmoe.errors import InputError
+from hetmoe.evaluate.calibrate import calibrate
+from hetmoe.evaluate.prepare import EvalText, noise_keys, placement_keys, prepare_text
+from hetmoe.evaluate.text import heldout_files, read_text
+from hetmoe.models.model import Model, model_fingerprint
+from hetmoe.placement.scores import score_experts
+from hetmoe.sweep.code_digest import code_record
+from hetmoe.sweep.config import SweepConfig
+from hetmoe.sweep.points import RANDOM
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+    """All that the evaluation of a point needs besides the point."""
+
+    config: SweepConfig
+    model: Model
+    text: EvalText
+    calibration: Calibration | None
+    scores: dict[str, np.ndarray]  # of the rules that are not drawn anew for every seed
+    noise_keys: jax.Array
+    placement_keys: jax.Array
+
+
+def early_identity(config: SweepConfig) -> dict[str, Any]:
+    """The part of a store's identity that needs no model: config, text and code.
+
+    Raises:
+        InputError: for unusable text.
+    """
+    text = {}
+    for file in text_files(config):
+        read_text(file)
+        text[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return {"config": config.record(), "text": text, "code": code_record()}
+
+
+def text_files(config: SweepConfig) -> list[Path]:
+    """The files of CONFIG, or the embedded held-out text."""
+    return config.text_files() or heldout_files()
+
+
+def model_identity(model: Model) -> dict[str, Any]:
+    """Name, config and digests of everything of a model that an evaluation depends on."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(model.params):
+        digest.update(memoryview(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)))  # pyright: ignore[reportArgumentType]
+    words = None if model.tokenizer is None else hashlib.sha256(model.tokenizer.to_str().encode()).hexdigest()
+    return {
+        "name": model.name,
+        "fingerprint": model_fingerprint(model),
+        "weights_sha256": digest.hexdigest(),
+        "tokenizer_sha256": words,
+        "start_token_id": model.start_token_id,
+        "config": dataclasses.asdict(model.config),
+    }
+
+
+def load_for_sweep(config: SweepConfig) -> Model:
+    """The model of CONFIG.
+
+    Raises:
+        InputError: as `load_model`, or if a window of text exceeds the model's context.
+    """
+    model = load_model(config.model, config.dtype)
+    if config.text.seq > model.config.max_position_embeddings:
+        raise InputError(
+            f"{config.source}: [text] seq {config.text.seq} exceeds the model's context of "
+            f"{model.config.max_position_embeddings}"
+        )
+    return model
+
+
+def make_setup(config: SweepConfig, model: Model) -> Setup:
+    """Reads the text, calibrates and scores.
+
+    Raises:
+        InputError: for unusable or too little text, or a model whose activations are not finite.
+    """
+    method, grid = config.hardware.range_method(), config.grid
+    text = prepare_text(
+        model, text_files(config), tokens=config.text.tokens, seq=config.text.seq, batch=config.text.batch,
+        seed=grid.seed, calibrate=method is not None,
+    )  # fmt: skip
+    calibration = None
+    if method is not None and text.aside is not None:
+        tokens = jnp.asarray(text.aside.tokens[:, :-1])
+        calibration = calibrate(model.params, tokens, model.config, method, tile_rows=config.hardware.tile_rows)
+    random_keys = placement_keys(grid.seed, grid.seeds)
+    return Setup(
+        config=config,
+        model=model,
+        text=text,
+        calibration=calibration,
+        scores={rule: rule_scores(rule, config, model, text) for rule in grid.rules if rule != RANDOM},
+        noise_keys=noise_keys(grid.seed, grid.seeds),
+        placement_keys=random_keys,
+    )
+
+
+def rule_scores(
+    rule: str, config: SweepConfig, model: Model, text: EvalText, *, key: jax.Array | None = None
+) -> np.ndarray:
+    """Scores of all experts by a rule, `[layers, experts]`; `key` for and only for the rule `random`."""
+    tokens = jnp.asarray(text.sample.tokens[:, :-1]) if rule.startswith("activation") else None
+    down_axis: Any = config.hardware.down_axis
+    return np.asarray(score_experts(model, rule, key=key, tokens=tokens, down_axis=down_axis))
+
+
+def activation_frequencies(setup: Setup) -> np.ndarray | None:
+    """How often each expert is chosen on the calibration windows; None where nothing is calibrated."""
+    if setup.text.aside is None:
+        return None
+    return rule_scores("activation_frequency", setup.config, setup.model, setup.text)
