@@ -141,14 +141,15 @@ def _text(table: TomlTable) -> TextConfig:
 
 
 def _grid(table: TomlTable) -> GridConfig:
-    times = (None if time == PROGRAMMED else time for time in table.numbers("times", (PROGRAMMED,), or_text=PROGRAMMED))
     config = GridConfig(
         placements=tuple(table.texts("placements", PLACEMENTS, of=PLACEMENTS)),
         rules=tuple(table.texts("rules", (), of=RULES)),
         fractions=tuple(table.numbers("fractions", ())),
         devices=tuple(table.texts("devices", of=DEVICES)),
         noise_scales=tuple(table.numbers("noise_scales")),
-        times=tuple(times),
+        times=tuple(
+            None if time == PROGRAMMED else time for time in table.numbers("times", (PROGRAMMED,), or_text=PROGRAMMED)
+        ),
         bits=tuple(table.wholes("bits", (8,))),
         seeds=table.whole("seeds", 8, at_least=1),
         seed=table.whole("seed", 0, at_least=0, at_most=LARGEST_SEED),

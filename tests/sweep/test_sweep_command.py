@@ -1,0 +1,247 @@
+"""`hetmoe sweep` in this process: the numbers of `hetmoe eval`, compiled programs, what it says and refuses."""
+
+import contextlib
+import json
+import os
+import signal
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from hetmoe import cli
+from hetmoe.evaluate import run as evaluate_run
+from hetmoe.placement.parameters import digital_parameters
+from hetmoe.placement.plan import all_analog, all_digital, experts_analog, place
+from hetmoe.sweep import ledger as ledger_module
+from hetmoe.sweep import worker
+from hetmoe.sweep.code_digest import code_digest
+from hetmoe.sweep.config import read_config
+from hetmoe.sweep.ledger import Ledger, open_ledger
+from hetmoe.sweep.points import expand, group_points
+from hetmoe.sweep.setup import early_identity, load_for_sweep, make_setup, model_identity
+from hetmoe.sweep.store import read_sweep
+from tests.models.tiny import full_config, random_params
+
+Write = Callable[..., Path]
+METRICS = ("perplexity", "bits_per_byte", "accuracy")
+ONE = {"placements": '["all_digital", "experts_analog"]', "rules": None, "fractions": None, "noise_scales": "[2, 4]"}
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["hetmoe", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    return call
+
+
+def test_help_shows_an_example(run: Callable) -> None:
+    code, out, _ = run("sweep", "--help")
+    assert code == 0 and "Example: hetmoe sweep" in out
+
+
+def test_the_numbers_are_those_of_eval_and_programs_are_compiled_once(
+    run: Callable, write_config: Write, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chex.clear_trace_counter()
+    # Scale 0: three lines, or random alone; each with seeds 0 and 1. Scale 4: three lines. All analog: one line.
+    traced = chex.assert_max_traces(evaluate_run.evaluate_seeds.__wrapped__, n=3)
+    monkeypatch.setattr(worker, "evaluate_seeds", jax.jit(traced, static_argnames="config"))
+    config = write_config(noise_scales="[0, 4, 8]")
+    code, out, err = run("sweep", config)
+    assert code == 0, err
+    assert "100% of 22 points" in out and "router_norm 25.0% digital" in out and "c = 8" in out
+    code, _, err = run(
+        "eval", folder / "model", "--text", folder / "text.txt", "--tokens", 64, "--seq", 8, "--batch", 4,
+        "--rule", "router_norm", "--digital", 0.25, "--noise-scale", 0, "--noise-scale", 4, "--noise-scale", 8,
+        "--seeds", 2, "--seed", 3, "--json", tmp_path / "eval.json",
+    )  # fmt: skip
+    assert code == 0, err
+    evaluated = json.loads((tmp_path / "eval.json").read_text())
+    record = read_sweep(tmp_path / "s")
+    assert record.points == len(record.results) == 22
+    names = {"all analog": "all_analog", "experts analog": "experts_analog"}
+    expected = {
+        (names.get(line["placement"], line["placement"].split()[0]), line["noise_scale"], seed): values
+        for line in evaluated["points"]
+        for seed, values in enumerate(zip(*(line[metric] for metric in METRICS), strict=True))
+    }
+    expected["all_digital", 0.0, 0] = tuple(
+        evaluated["digital"][m][0] for m in ("perplexity", "bits_per_byte", "accuracy")
+    )
+    found = {
+        (r.point.placement, r.point.noise_scale, r.point.seed_index): (r.perplexity, r.bits_per_byte, r.accuracy)
+        for r in record.results
+    }
+    assert found.keys() == expected.keys()
+    for key, values in found.items():
+        # Another compiled program: rounding may move single ADC codes.
+        np.testing.assert_allclose(values, expected[key], rtol=1e-3, err_msg=str(key))
+    words = {r.point.seed_index: r.provenance["key_words"] for r in record.results}
+    assert [words[0], words[1]] == evaluated["seed_keys"]
+    np.testing.assert_allclose(np.sum(record.frequencies, axis=1), 2, rtol=1e-6)  # experts per token
+    assert record.scores.keys() == {"router_norm"} and np.shape(record.scores["router_norm"]) == (1, 8)
+
+    # Nothing is left: nothing is evaluated again.
+    monkeypatch.setattr(worker, "evaluate_group", None)
+    code, out, err = run("sweep", config)
+    assert code == 0 and "22 points, 22 finished" in out, err
+    code, out, _ = run("sweep", config, "--status")
+    assert code == 0 and "22 of 22 points finished, 0 claimed by processes that run, 0 open" in out
+
+
+def test_digital_parameters_count_every_module_once() -> None:
+    config = full_config()
+    params = random_params(config, 0)
+    head = params.lm_head.size
+    attention = sum(
+        getattr(layer.attention, name).size
+        for layer in (params.layers, params.dense_layers)
+        for name in ("q_a", "q_b", "kv_a", "kv_b", "o")
+    )
+    moe, ffn = params.layers.moe, params.dense_layers.ffn
+    experts = sum(w.size for w in (moe.experts.up, moe.experts.gate, moe.experts.down))
+    rest = sum(w.size for part in (moe.shared, ffn) for w in (part.up, part.gate, part.down)) + attention + head
+    total = experts + rest
+    assert digital_parameters(all_digital(config), config) == (total, total)
+    assert digital_parameters(all_analog(config), config) == (0, total)
+    assert digital_parameters(experts_analog(config), config) == (rest, total)
+    plan = place(np.random.default_rng(0).random((2, 8)), 0.25)
+    assert digital_parameters(plan, config) == (rest + experts // 4, total)
+
+
+def test_other_settings_are_refused_and_more_points_are_added(
+    run: Callable, write_config: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _, err = run("sweep", write_config(**ONE))
+    assert code == 0, err
+    before = {r.point: r for r in read_sweep(tmp_path / "s").results}
+    grown = write_config(**(ONE | {"noise_scales": "[1, 2, 4]", "seeds": "3"}))
+    code, _, err = run("sweep", grown)
+    assert code == 2 and "config.grid.seeds was 2, is 3" in err and "--extend" in err
+    assert len(err.splitlines()) == 1
+    code, _, err = run("sweep", grown, "--extend")
+    assert code == 0, err
+    after = {r.point: r for r in read_sweep(tmp_path / "s").results}
+    assert len(after) == 10 and all(after[point] == result for point, result in before.items())
+    assert len({r.nll for r in after.values()}) == 10
+
+    code, _, err = run("sweep", write_config("o.toml", **(ONE | {"seed": "4"})), "--extend", "-o", tmp_path / "s")
+    assert code == 2 and "config.grid.seed was 3, is 4" in err
+    model = tmp_path / "model.toml"
+    model.write_text(grown.read_text().replace("tokens = 64", "tokens = 56"))
+    code, _, err = run("sweep", model, "-o", tmp_path / "s", "--status")
+    assert code == 2 and "config.text.tokens was 64, is 56" in err
+    monkeypatch.setattr("hetmoe.sweep.code_digest.code_digest", lambda _: "0123")
+    code, _, err = run("sweep", grown)
+    assert code == 2 and "code.source_digest was" in err and 'is "0123"' in err
+
+
+def test_the_code_digest_sees_names_and_contents(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.py").write_text("1")
+    seen = [code_digest(tmp_path)]
+    (tmp_path / "a" / "x.py").write_text("2")
+    seen.append(code_digest(tmp_path))
+    (tmp_path / "a" / "x.py").rename(tmp_path / "a" / "y.py")
+    seen.append(code_digest(tmp_path))
+    (tmp_path / "a" / "notes.txt").write_text("no code")
+    assert len(set(seen)) == 3 and code_digest(tmp_path) == seen[-1]
+
+
+def test_interrupted_and_full(
+    run: Callable, write_config: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_config(**ONE)
+    write, writes = Ledger.write, []
+
+    def interrupt(self: Ledger, *arguments: object) -> None:
+        write(self, *arguments)
+        writes.append(1)
+        if len(writes) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "write", interrupt)
+        code, _, err = run("sweep", config)
+    assert code == 130
+    assert err == f"hetmoe: interrupted; 2 of 5 points are stored in {tmp_path / 's'}; the same command goes on\n"
+    code, _, err = run("sweep", config)
+    assert code == 0, err
+    assert len(read_sweep(tmp_path / "s").results) == 5
+
+
+def test_a_full_disk_is_one_line(
+    run: Callable, write_config: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect = ledger_module.connect
+
+    def connect_to_small_disk(path: Path) -> sqlite3.Connection:
+        connection = connect(path)
+        connection.execute("PRAGMA max_page_count = 25")
+        return connection
+
+    config = write_config(**(ONE | {"seeds": "60"}))
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger_module, "connect", connect_to_small_disk)
+        code, _, err = run("sweep", config)
+    assert code == 2 and "database or disk is full; all finished points are kept" in err and len(err.splitlines()) == 1
+    kept = {r.point: r for r in read_sweep(tmp_path / "s").results}
+    assert 0 < len(kept) < 121
+    code, _, err = run("sweep", config)
+    assert code == 0, err
+    after = {r.point: r for r in read_sweep(tmp_path / "s").results}
+    assert len(after) == 121 and all(after[point] == result for point, result in kept.items())
+
+
+def test_a_worker_waits_for_what_others_have_claimed(write_config: Write, tmp_path: Path) -> None:
+    config = read_config(write_config(**ONE))
+    model = load_for_sweep(config)
+    setup, groups = make_setup(config, model), group_points(expand(config))
+    identity = early_identity(config) | {"model": model_identity(model)}
+    pauses: list[float] = []
+    seen: list[int] = []
+    with (
+        contextlib.ExitStack() as dies,
+        open_ledger(tmp_path / "s", identity, groups, extend=False) as ledger,
+    ):
+        other = dies.enter_context(open_ledger(tmp_path / "s", identity, groups, extend=False))
+        claimed = other.claim()
+
+        def pause(seconds: float) -> None:
+            pauses.append(seconds)
+            if len(pauses) == 2:
+                dies.close()  # as when it is killed
+
+        worker.work(setup, ledger, seen.append, pause=pause)
+    assert pauses == [1.0, 1.0] and len(claimed) == 1
+    assert seen == sorted(seen) and seen[-1] == 5
+    assert len(read_sweep(tmp_path / "s").results) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("absent.toml",), "absent.toml: cannot be read"),
+        (("s.toml", "-o", "s.toml"), "is a file; name a directory"),
+        (("s.toml", "-o", "/proc/hetmoe"), "cannot be made a directory"),
+        (("s.toml", "--resume"), "No such option: --resume"),
+    ],
+)
+def test_bad_input(
+    run: Callable, write_config: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_config(**ONE)
+    code, out, err = run("sweep", *arguments)
+    assert code == 2 and message in err and len(err.splitlines()) == 1, err
+    assert "Traceback" not in out and [p.name for p in tmp_path.iterdir()] == ["s.toml"]
