@@ -13,8 +13,10 @@ from hetmoe.checkpoint.save import save_model
 from tests.models.directories import model, tokenizer
 
 WORDS = ["".join(pair) for pair in itertools.product(string.ascii_lowercase, "ae")][:39]
-SMALL = {"rules": '["router_norm", "random"]', "fractions": "[0.25]", "devices": '["pcm"]', "noise_scales": "[0, 4]"}
-SMALL |= {"seeds": "2", "seed": "3"}
+SMALL = {
+    "rules": '["router_norm", "random"]', "fractions": "[0.25]", "devices": '["pcm"]', "noise_scales": "[0, 4]",
+    "seeds": "2", "seed": "3",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -77,7 +77,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD, ids=lambda v: str(v) if isinstance(v, dict) else "")
-def test_what_is_not_understood_is_refused(write_config: Write, changes: dict, message: str) -> None:
+def test_what_is_not_understood_is_refused(write_config: Write, changes: dict[str, str | None], message: str) -> None:
     path = write_config(**changes)
     with pytest.raises(InputError) as caught:
         expand(read_config(path))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,10 +17,12 @@ from hetmoe.errors import InputError
 from hetmoe.sweep import ledger as ledger_module
 from hetmoe.sweep.database import FILE, SCHEMA
 from hetmoe.sweep.ledger import open_ledger
-from hetmoe.sweep.points import point_id
+from hetmoe.sweep.points import SweepPoint, point_id
 from hetmoe.sweep.store import read_status, read_sweep
 from tests.sweep import fake_workers
 from tests.sweep.fake_workers import FACTS, IDENTITY, TIMING, grid, measure, point
+
+Groups = list[list[SweepPoint]]
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +30,9 @@ def facts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger_module, "provenance", lambda: FACTS)
 
 
-def fill(directory: Path, groups: list, count: int | None = None, identity: dict = IDENTITY, **options: bool) -> None:
+def fill(
+    directory: Path, groups: Groups, count: int | None = None, identity: dict[str, Any] = IDENTITY, **options: bool
+) -> None:
     """Finishes `count` groups."""
     with open_ledger(directory, identity, groups, **({"extend": False} | options)) as ledger:
         for _ in groups[:count]:
@@ -35,7 +40,7 @@ def fill(directory: Path, groups: list, count: int | None = None, identity: dict
             ledger.write([measure(p) for p in points], TIMING)
 
 
-def query(directory: Path, statement: str) -> list[tuple]:
+def query(directory: Path, statement: str) -> list[tuple[Any, ...]]:
     with contextlib.closing(sqlite3.connect(directory / FILE)) as connection:
         return connection.execute(statement).fetchall()
 
@@ -102,7 +107,7 @@ def test_settings_are_never_mixed(tmp_path: Path) -> None:
         (("config", "grid", "seeds"), 24, ("config.grid.seeds was 25, is 24", "-o")),
         (("config", "grid", "noise_scales"), [0.5], ("noise_scales was [0.5, 1.0], is [0.5]", "-o")),
     ):
-        other = copy.deepcopy(IDENTITY)
+        other: dict[str, Any] = copy.deepcopy(IDENTITY)
         inner = other
         for key in path[:-1]:
             inner = inner[key]
@@ -116,7 +121,7 @@ def test_settings_are_never_mixed(tmp_path: Path) -> None:
 
 def test_a_grid_that_grew_keeps_its_rows(tmp_path: Path) -> None:
     fill(tmp_path, grid()[:25])
-    other = copy.deepcopy(IDENTITY)
+    other: dict[str, Any] = copy.deepcopy(IDENTITY)
     other["config"]["grid"] |= {"noise_scales": [2.0, 1.0, 0.5], "seeds": 26}
     with pytest.raises(InputError, match="give --extend"):
         fill(tmp_path, grid(), identity=other)

@@ -28,12 +28,13 @@ from hetmoe.sweep.store import read_sweep
 from tests.models.tiny import full_config, random_params
 
 Write = Callable[..., Path]
+Run = Callable[..., tuple[int, str, str]]
 METRICS = ("perplexity", "bits_per_byte", "accuracy")
 ONE = {"placements": '["all_digital", "experts_analog"]', "rules": None, "fractions": None, "noise_scales": "[2, 4]"}
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["hetmoe", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
@@ -44,13 +45,13 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return call
 
 
-def test_help_shows_an_example(run: Callable) -> None:
+def test_help_shows_an_example(run: Run) -> None:
     code, out, _ = run("sweep", "--help")
     assert code == 0 and "Example: hetmoe sweep" in out
 
 
 def test_the_numbers_are_those_of_eval_and_programs_are_compiled_once(
-    run: Callable, write_config: Write, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, write_config: Write, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chex.clear_trace_counter()
     # Scale 0: three lines, or random alone; each with seeds 0 and 1. Scale 4: three lines. All analog: one line.
@@ -120,7 +121,7 @@ def test_digital_parameters_count_every_module_once() -> None:
 
 
 def test_other_settings_are_refused_and_more_points_are_added(
-    run: Callable, write_config: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, write_config: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code, _, err = run("sweep", write_config(**ONE))
     assert code == 0, err
@@ -158,9 +159,7 @@ def test_the_code_digest_sees_names_and_contents(tmp_path: Path) -> None:
     assert len(set(seen)) == 3 and code_digest(tmp_path) == seen[-1]
 
 
-def test_interrupted_and_full(
-    run: Callable, write_config: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_and_full(run: Run, write_config: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = write_config(**ONE)
     write, writes = Ledger.write, []
 
@@ -181,7 +180,7 @@ def test_interrupted_and_full(
 
 
 def test_a_full_disk_is_one_line(
-    run: Callable, write_config: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, write_config: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     connect = ledger_module.connect
 
@@ -190,17 +189,17 @@ def test_a_full_disk_is_one_line(
         connection.execute("PRAGMA max_page_count = 25")
         return connection
 
-    config = write_config(**(ONE | {"seeds": "60"}))
+    config = write_config(**(ONE | {"seeds": "150"}))
     with monkeypatch.context() as patch:
         patch.setattr(ledger_module, "connect", connect_to_small_disk)
         code, _, err = run("sweep", config)
     assert code == 2 and "database or disk is full; all finished points are kept" in err and len(err.splitlines()) == 1
     kept = {r.point: r for r in read_sweep(tmp_path / "s").results}
-    assert 0 < len(kept) < 121
+    assert 0 < len(kept) < 301
     code, _, err = run("sweep", config)
     assert code == 0, err
     after = {r.point: r for r in read_sweep(tmp_path / "s").results}
-    assert len(after) == 121 and all(after[point] == result for point, result in kept.items())
+    assert len(after) == 301 and all(after[point] == result for point, result in kept.items())
 
 
 def test_a_worker_waits_for_what_others_have_claimed(write_config: Write, tmp_path: Path) -> None:
@@ -238,7 +237,12 @@ def test_a_worker_waits_for_what_others_have_claimed(write_config: Write, tmp_pa
     ],
 )
 def test_bad_input(
-    run: Callable, write_config: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple, message: str
+    run: Run,
+    write_config: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_config(**ONE)
