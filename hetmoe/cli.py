@@ -168,6 +168,19 @@ def sweep(
     run(config, output, extend=extend, status=status)
 
 
+@app.command(epilog="Example: hetmoe report rules -o rules-report")
+def report(
+    directory: Annotated[Path, typer.Argument(help="Directory of a sweep's store (`hetmoe sweep`).")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory to write; default: DIRECTORY/report.")
+    ] = None,
+) -> None:
+    """Make a page, figures (PNG, SVG) and tables (CSV) of a sweep, finished or not."""
+    from hetmoe.commands.report import run
+
+    run(directory, output)
+
+
 def _show_warning(
     message: Warning | str,
     category: type[Warning],

@@ -65,7 +65,7 @@ def spearman(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -
     for name, values in (("a", left), ("b", right)):
         if values.min() == values.max():
             raise InputError(f"{name}: all values are {values[0]:g}; a rank correlation needs different ones")
-    return float(stats.spearmanr(left, right).statistic)
+    return float(np.corrcoef(stats.rankdata(left), stats.rankdata(right))[0, 1])
 
 
 def _pair(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
