@@ -9,11 +9,11 @@ INSTALL = $(VENV)/bin/python -m pip install --quiet --quiet --disable-pip-versio
 REQUIREMENTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-browser lint format clean
 .NOTPARALLEL:
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed  ## evaluate the embedded model on noisy crossbars: build/demo
 	@mkdir -p build/demo
@@ -21,6 +21,9 @@ demo: $(VENV)/.installed  ## evaluate the embedded model on noisy crossbars: bui
 
 test: $(VENV)/.installed-test  ## run the tests; PYTEST_ARGS are passed on, for example PYTEST_ARGS='-m slow'
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
+
+test-browser: $(VENV)/.installed-test  ## open a report in headless Chromium (Debian: chromium, chromium-driver): build/browser
+	$(VENV)/bin/python -m pytest -m browser tests/browser $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test $(VENV)/.installed-dev  ## check style, format and types
 	@failed=0; \
@@ -34,7 +37,7 @@ format: $(VENV)/.installed-dev  ## rewrite the code in the checked format
 	$(VENV)/bin/ruff format .
 
 clean:  ## remove caches and the demo's results; .venv and other folders of build/ stay
-	rm -rf build/demo build/lib build/bdist.* dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build/demo build/browser build/lib build/bdist.* dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -path ./.git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.created:

@@ -123,8 +123,8 @@ def time_figures(groups: Groups) -> list[ReportFigure]:
             continue
         places = [Place(key=t, x=t) for t in times]
         if just_programmed:  # no place on a logarithmic axis: left of it, unconnected
-            places.insert(0, Place(key=None, x=times[0] / max(3.0, (times[-1] / times[0]) ** 0.15), connected=False))
-        ticks = [(place.x, time_label(place.key).replace("just ", "just\n")) for place in places]
+            places.insert(0, Place(key=None, x=times[0] / max(3.0, (times[-1] / times[0]) ** 0.2), connected=False))
+        ticks = [(place.x, "0 s" if place.key is None else time_label(place.key)) for place in places]
 
         def lookup(
             line: Line, scale: float, time_s: float | None, device: str = device, bits: int = bits
@@ -140,7 +140,7 @@ def time_figures(groups: Groups) -> list[ReportFigure]:
                 f"time-{slug(device, _bits_slug(bits))}",
                 f"Against time: {label}",
                 groups,
-                "time since programming (horizontal, logarithmic; just programmed = no drift and no read noise), one "
+                "time since programming (horizontal, logarithmic; 0 s = just programmed, without drift), one "
                 "line per placement and digital fraction, one row per noise scale c",
                 drawn,
             )

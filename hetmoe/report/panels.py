@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib.figure
@@ -64,10 +64,11 @@ def draw_panels(title: str, rows: Sequence[Sequence[Panel]], axis: Axis, digital
     for axes_of_row, row in zip(grid, rows, strict=True):
         for axes, panel in zip(axes_of_row, row, strict=True):
             beyond += _draw(axes, panel, digital)
-            _set_x(axes, axis)
+            _set_x(axes, axis, named=row is rows[-1])
     legend = {s.label: s.style for row in rows for panel in row for s in panel.series}
     add_legend(figure, legend, with_digital=digital is not None)
     figure.suptitle(plain(title))
+    figure.align_ylabels()
     return Drawn(figure=figure, beyond=beyond)
 
 
@@ -127,8 +128,8 @@ def _draw(axes: Axes, panel: Panel, digital: SweepResult | None) -> int:
 
 
 def _draw_series(axes: Axes, series: Series, cap: float) -> None:
-    # A value far beyond the axis would overflow the renderer: what leaves the panel leaves it at 1,000 times the edge.
-    far = 1000 * cap
+    # A value far beyond the axis would overflow the renderer: what leaves the panel leaves it at 100 times the edge.
+    far = 100 * cap
     x = np.array(series.x)
     mean = np.minimum([e.mean for e in series.estimates], far)
     low = np.array([e.mean if e.interval is None else e.interval.low for e in series.estimates])
@@ -143,7 +144,7 @@ def _draw_series(axes: Axes, series: Series, cap: float) -> None:
         axes.fill_between(x[shown], low[shown], high[shown], color=style.colour, alpha=0.2, lw=0, zorder=2)
     if not shown.all():
         alone = ~shown
-        reach = np.abs(np.array([mean - low, high - mean]))[:, alone]
+        reach = np.where(mean > cap, 0, np.abs(np.array([mean - low, high - mean])))[:, alone]
         label = f"{series.label} (alone)" if many else series.label
         bars: dict[str, Any] = {**style.line, "ls": "none", "capsize": 2.5, "label": label, "zorder": 3}
         axes.errorbar(x[alone], mean[alone], reach, **bars)
@@ -154,24 +155,42 @@ def _draw_series(axes: Axes, series: Series, cap: float) -> None:
 
 
 def upper_limit(panel: Panel, digital: SweepResult | None) -> float:
-    """Where the axis ends, so that placements that fail outright do not squeeze the others.
+    """Where the axis ends, so that placements that fail outright do not squeeze the others; infinite if none does.
 
-    At five times the smallest perplexity, or higher where a typical placement (the lower median at some x) lies above
-    that; infinite for accuracies. Bits per byte end where their perplexity would.
+    A line fails outright when it rises above twice the smallest perplexity and, in nats per token, to more than three
+    times the height of a typical placement (the lower median at the x where that is largest). The axis then ends
+    above the other lines. Bits per byte are treated as the perplexities that they stand for, accuracies not at all.
     """
     if panel.metric == ACCURACY:
         return math.inf
+    nats = _nats(panel)
     by_x: dict[float, list[float]] = {}
     for line in panel.series:
         for x, estimate in zip(line.x, line.estimates, strict=True):
-            by_x.setdefault(0.0 if panel.one_column else x, []).append(estimate.mean)
-    typical = max(sorted(column)[(len(column) - 1) // 2] for column in by_x.values())
-    low = min(mean for column in by_x.values() for mean in column)
+            by_x.setdefault(0.0 if panel.one_column else x, []).append(nats(estimate.mean))
+    low = min(value for column in by_x.values() for value in column)
     if digital is not None:
-        low = min(low, getattr(digital, panel.metric.name))
+        low = min(low, nats(getattr(digital, panel.metric.name)))
+    typical = max(sorted(column)[(len(column) - 1) // 2] for column in by_x.values())
+    failing = low + max(math.log(2), 3 * (typical - low))
+    sound = [line for line in panel.series if all(nats(e.mean) <= failing for e in line.estimates)]
+    if len(sound) == len(panel.series):
+        return math.inf
+    shown = [e for line in sound or panel.series for e in line.estimates if nats(e.mean) <= failing]
+    highs = [nats(e.mean if e.interval is None else e.interval.high) for e in shown]
+    top = min(max(highs), failing)
+    return _value(panel, top + 0.08 * max(top - low, 0.01))
+
+
+def _nats(panel: Panel) -> Callable[[float], float]:
+    """From the panel's metric to nats per token."""
     if panel.metric == BITS:
-        return max(low + math.log2(5) * panel.tokens_per_byte, typical + math.log2(1.5) * panel.tokens_per_byte)
-    return max(5 * low, 1.5 * typical)
+        return lambda bits: bits * math.log(2) / panel.tokens_per_byte
+    return math.log
+
+
+def _value(panel: Panel, nats: float) -> float:
+    return nats / math.log(2) * panel.tokens_per_byte if panel.metric == BITS else math.exp(nats)
 
 
 def _visible(estimates: Sequence[Estimate], reference: float | None, cap: float) -> tuple[float, float]:
@@ -185,8 +204,9 @@ def _visible(estimates: Sequence[Estimate], reference: float | None, cap: float)
     return max(min([least, *lows]), least / 2), min(max([*means, *highs]), cap)
 
 
-def _set_x(axes: Axes, axis: Axis) -> None:
-    axes.set_xlabel(axis.label)
+def _set_x(axes: Axes, axis: Axis, *, named: bool) -> None:
+    if named:
+        axes.set_xlabel(axis.label)
     if axis.logarithmic:
         axes.set_xscale("log")
     if axis.ticks is not None:

@@ -30,7 +30,7 @@ def score_maps(record: SweepRecord, fractions: Sequence[float]) -> list[ReportFi
                 title=f"Scores by rule {rule}",
                 caption=f"Score (colour) of every expert (horizontal) of every layer with experts (vertical, first on "
                 f"top) by rule {rule}; a higher score is kept digital first. {_explain(marks)}",
-                figure=_draw(values, f"score by {rule}", marks),
+                figure=_draw(values, f"score by {rule}", "score", marks),
             )
         )
     if record.frequencies is not None:
@@ -41,7 +41,7 @@ def score_maps(record: SweepRecord, fractions: Sequence[float]) -> list[ReportFi
                 title="Activation frequency",
                 caption="Share of the calibration windows' tokens (colour) that choose each expert (horizontal) of "
                 "every layer with experts (vertical, first on top).",
-                figure=_draw(values, "share of tokens", {}),
+                figure=_draw(values, "activation frequency", "share", {}),
             )
         )
     return figures
@@ -80,7 +80,7 @@ def _explain(marks: dict[float, np.ndarray]) -> str:
     )
 
 
-def _draw(values: np.ndarray, label: str, marks: dict[float, np.ndarray]) -> matplotlib.figure.Figure:
+def _draw(values: np.ndarray, title: str, unit: str, marks: dict[float, np.ndarray]) -> matplotlib.figure.Figure:
     layers, experts = values.shape
     width = min(13.5, max(6.0, 2.5 + 0.22 * experts))
     cell = min(0.4, max(0.12, (width - 2.5) / experts))
@@ -100,7 +100,8 @@ def _draw(values: np.ndarray, label: str, marks: dict[float, np.ndarray]) -> mat
     axes.invert_yaxis()
     axes.set_xlabel("expert")
     axes.set_ylabel("layer with experts")
-    figure.colorbar(mesh, ax=axes, label=plain(label), pad=0.01)
+    axes.set_title(plain(title), fontsize="medium")
+    figure.colorbar(mesh, ax=axes, label=unit, pad=0.01)
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     return figure
