@@ -79,6 +79,8 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Facts:
 def _text(value: Any) -> str:
     if isinstance(value, str):
         return value
+    if isinstance(value, Sequence) and not value:
+        return "none"
     if isinstance(value, Sequence):
         return " ".join(_text(v) for v in value) if all(isinstance(v, str) for v in value) else json.dumps(value)[1:-1]
     return json.dumps(value, default=str)

@@ -141,7 +141,9 @@ def _draw_series(axes: Axes, series: Series, cap: float) -> None:
     shown = joined if many else np.zeros_like(joined)
     if many:
         axes.plot(x[shown], mean[shown], label=series.label, zorder=3, **style.line)
-        axes.fill_between(x[shown], low[shown], high[shown], color=style.colour, alpha=0.2, lw=0, zorder=2)
+        axes.fill_between(
+            x[shown], low[shown], high[shown], where=(mean <= cap)[shown], color=style.colour, alpha=0.2, lw=0, zorder=2
+        )
     if not shown.all():
         alone = ~shown
         reach = np.where(mean > cap, 0, np.abs(np.array([mean - low, high - mean])))[:, alone]
