@@ -87,7 +87,7 @@ class Browser:
 
 
 def _find(name):
-    path = shutil.which(name)
+    path = shutil.which(name)  # pyright: ignore[reportDeprecated]
     if path is None:
         pytest.fail(f"{name} is not on the PATH: apt-get install chromium chromium-driver", pytrace=False)
     return path

@@ -21,7 +21,7 @@ def mean(record, placement, fraction, name="perplexity", **where):
         if (r.point.placement, r.point.fraction) == (placement, fraction)
         and all(getattr(r.point, key) == value for key, value in where.items())
     ]
-    return np.mean(values) if values else None
+    return float(np.mean(values))
 
 
 def line(axes, label):

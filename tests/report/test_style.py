@@ -54,6 +54,6 @@ def test_lines_differ_in_marker_or_dash_and_placements_in_colour() -> None:
 
 
 def test_unknown_rules_get_free_colours_first() -> None:
-    names = ["experts_analog", "new", "another", "random", "third"]
+    names = ["max_neuron_norm", "new", "another", "random", "third"]
     styles = line_styles([Line(placement=name, fraction=None) for name in names])
     assert len({s.colour for s in styles.values()}) == len({s.marker for s in styles.values()}) == len(names)

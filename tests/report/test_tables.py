@@ -59,7 +59,10 @@ def test_differences(record) -> None:
     cell = {row[0]: row[2] for row in found[3].rows}["max_neuron_norm, 25 %"]
     star = " *" if low > 0 or high < 0 else ""
     assert cell == f"{(a - b).mean():+.3f} [{low:+.3f}, {high:+.3f}] (4){star}"
+    assert star == " *" and cell.endswith(star)
     assert not any(row[0].startswith("random") for row in found[3].rows)
+    zero = {row[0]: row[1] for row in found[0].rows}["random, 25 %"]  # at c = 0: nothing but chance
+    assert not zero.endswith("*")
     assert {row[0].split(",")[0] for row in found[0].rows} == {
         "all_analog", "max_neuron_norm", "router_norm", "random"
     }  # fmt: skip
