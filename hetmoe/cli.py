@@ -33,6 +33,26 @@ DOWN_AXIS = Annotated[str, typer.Option(help="What a neuron of 'down' is: hidden
 TEXT = Annotated[Path | None, typer.Option(help="UTF-8 text; default: the embedded held-out text.")]
 SEQ = Annotated[int, typer.Option(help="Tokens predicted per window; windows do not overlap.")]
 
+DEVICE = Annotated[str, typer.Option(help=DEVICE_HELP)]
+TIME = Annotated[float | None, typer.Option(help="Seconds from programming to reading (drift, read noise).")]
+COMPENSATION = Annotated[bool, typer.Option(help="Undo the mean drift of every tile.")]
+READ_NOISE = Annotated[float, typer.Option(help="Std of per-product read noise, normalised; 0 = off.")]
+READ_NOISE_KIND = Annotated[str, typer.Option(help="pcm (grows with the weights) or additive.")]
+INPUT_RANGE = Annotated[str, typer.Option(help="DAC ranges: ema_std, quantile, max, or dynamic.")]
+RANGE_K = Annotated[float, typer.Option(help="K of the ema_std range.")]
+ADC_BOUND = Annotated[
+    float | None,
+    typer.Option(help="Lambda: ADC bound / (input range x weight maximum); default 3, with dynamic ranges 12."),
+]
+BOUND_AXIS = Annotated[str, typer.Option(help="Weight maximum of the ADC bound: tile or column.")]
+DAC_BITS = Annotated[int, typer.Option(help="DAC bits; 0 = ideal.")]
+ADC_BITS = Annotated[int, typer.Option(help="ADC bits; 0 = ideal.")]
+TILE_ROWS = Annotated[int, typer.Option(help="Rows of a crossbar tile.")]
+SEEDS = Annotated[int, typer.Option(help="Noise seeds.")]
+SEED = Annotated[int, typer.Option(help="Base seed.")]
+RUN_DTYPE = Annotated[str, typer.Option(help="float32, bfloat16 or float16 for weights and activations.")]
+JSON_FILE = Annotated[Path | None, typer.Option("--json", help="Write results with provenance.")]
+
 
 @app.callback(invoke_without_command=True)
 def root(
@@ -102,34 +122,31 @@ def eval(  # noqa: A001
         list[float] | None, typer.Option(help="Fraction of digital experts; repeatable; default 0.125.")
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="Evaluate a saved plan too.")] = None,
-    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "pcm",
+    device: DEVICE = "pcm",
     noise_scale: Annotated[
         list[float] | None, typer.Option(help="Scale c of programming noise; repeatable; default 1.")
     ] = None,
-    time: Annotated[float | None, typer.Option(help="Seconds from programming to reading (drift, read noise).")] = None,
-    drift_compensation: Annotated[bool, typer.Option(help="Undo the mean drift of every tile.")] = False,
-    read_noise: Annotated[float, typer.Option(help="Std of per-product read noise, normalised; 0 = off.")] = 0.0,
-    read_noise_kind: Annotated[str, typer.Option(help="pcm (grows with the weights) or additive.")] = "pcm",
-    seeds: Annotated[int, typer.Option(help="Noise seeds.")] = 8,
-    seed: Annotated[int, typer.Option(help="Base seed.")] = 0,
+    time: TIME = None,
+    drift_compensation: COMPENSATION = False,
+    read_noise: READ_NOISE = 0.0,
+    read_noise_kind: READ_NOISE_KIND = "pcm",
+    seeds: SEEDS = 8,
+    seed: SEED = 0,
     text: TEXT = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens to evaluate; default 16384, or what there is.")] = None,
     seq: SEQ = 256,
     batch: Annotated[int, typer.Option(help="Windows run at once.")] = 16,
     jobs: Annotated[int | None, typer.Option(help="Seeds run side by side; default 2 on CPU, 1 elsewhere.")] = None,
-    input_range: Annotated[str, typer.Option(help="DAC ranges: ema_std, quantile, max, or dynamic.")] = "ema_std",
-    range_k: Annotated[float, typer.Option(help="K of the ema_std range.")] = 12.0,
-    adc_bound: Annotated[
-        float | None,
-        typer.Option(help="Lambda: ADC bound / (input range x weight maximum); default 3, with dynamic ranges 12."),
-    ] = None,
-    bound_axis: Annotated[str, typer.Option(help="Weight maximum of the ADC bound: tile or column.")] = "tile",
-    dac_bits: Annotated[int, typer.Option(help="DAC bits; 0 = ideal.")] = 8,
-    adc_bits: Annotated[int, typer.Option(help="ADC bits; 0 = ideal.")] = 8,
-    tile_rows: Annotated[int, typer.Option(help="Rows of a crossbar tile.")] = 512,
+    input_range: INPUT_RANGE = "ema_std",
+    range_k: RANGE_K = 12.0,
+    adc_bound: ADC_BOUND = None,
+    bound_axis: BOUND_AXIS = "tile",
+    dac_bits: DAC_BITS = 8,
+    adc_bits: ADC_BITS = 8,
+    tile_rows: TILE_ROWS = 512,
     down_axis: DOWN_AXIS = "hidden",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16 for weights and activations.")] = "float32",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write results with provenance.")] = None,
+    dtype: RUN_DTYPE = "float32",
+    json_file: JSON_FILE = None,
     plot: Annotated[Path | None, typer.Option(help="Write a PNG with error bands.")] = None,
 ) -> None:
     """Perplexity, bits per byte and next-word accuracy of placements over noise scales and seeds."""
@@ -142,7 +159,7 @@ def eval(  # noqa: A001
             drift_compensation=drift_compensation, read_noise=read_noise, read_noise_kind=read_noise_kind,
             seeds=seeds, seed=seed, text=text, tokens=tokens, seq=seq,
             batch=batch, jobs=jobs, input_range=input_range, range_k=range_k,
-            adc_bound=(12.0 if input_range == "dynamic" else 3.0) if adc_bound is None else adc_bound,
+            adc_bound=_adc_bound(adc_bound, input_range),
             bound_axis=bound_axis, dac_bits=dac_bits or None, adc_bits=adc_bits or None, tile_rows=tile_rows,
             down_axis=down_axis,
             dtype=dtype, json_file=json_file, plot=plot,
@@ -179,6 +196,82 @@ def report(
     from hetmoe.commands.report import run
 
     run(directory, output)
+
+
+@app.command(
+    epilog="Example: hetmoe tasks allenai/OLMoE-1B-7B-0924 --task piqa --task arc_easy --device pcm --noise-scale 1.5 "
+    "--seeds 8 -o results"
+)
+def tasks(
+    model: Annotated[str, typer.Argument(help="Model directory, name on the hub, or 'reference'.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for results by task and seed; a stopped run goes on there.")
+    ],
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="piqa, arc_easy, arc_challenge, boolq, hellaswag, winogrande, mathqa, mmlu, or another "
+            "multiple-choice task of lm-eval; repeatable; default: these eight."
+        ),
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="Run a saved plan.")] = None,
+    rule: Annotated[str | None, typer.Option(help="Place by this rule; default max_neuron_norm.")] = None,
+    digital: Annotated[float | None, typer.Option(help="Fraction of digital experts; default 0.125.")] = None,
+    placement: Annotated[str | None, typer.Option(help="all_digital, experts_analog or all_analog.")] = None,
+    device: DEVICE = "pcm",
+    noise_scale: Annotated[float, typer.Option(help="Scale c of programming noise.")] = 1.0,
+    time: TIME = None,
+    drift_compensation: COMPENSATION = False,
+    read_noise: READ_NOISE = 0.0,
+    read_noise_kind: READ_NOISE_KIND = "pcm",
+    seeds: SEEDS = 8,
+    seed: SEED = 0,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of questions: snapshots of the hub's repositories (DIR/baber/piqa), or JSONL files of the "
+            "same fields (DIR/piqa/validation.jsonl, DIR/mmlu/anatomy/test.jsonl); default: the hub."
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="First questions of every task (of every subject of mmlu).")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples per prompt; default: the task's own.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text to calibrate on; default: the embedded one.")] = None,
+    seq: Annotated[int, typer.Option(help="Tokens per window of that text.")] = 256,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens run at once, padding included.")] = 4096,
+    input_range: INPUT_RANGE = "ema_std",
+    range_k: RANGE_K = 12.0,
+    adc_bound: ADC_BOUND = None,
+    bound_axis: BOUND_AXIS = "tile",
+    dac_bits: DAC_BITS = 8,
+    adc_bits: ADC_BITS = 8,
+    tile_rows: TILE_ROWS = 512,
+    down_axis: DOWN_AXIS = "hidden",
+    dtype: RUN_DTYPE = "float32",
+    json_file: JSON_FILE = None,
+) -> None:
+    """Accuracy on multiple-choice tasks by lm-eval (pip install 'hetmoe[eval]'), digital and over noise seeds."""
+    from hetmoe.commands.tasks import TasksRequest, run
+    from hetmoe.evaluate.tasks.names import PAPER_TASKS
+
+    run(
+        TasksRequest(
+            model=model, tasks=list(PAPER_TASKS) if task is None else task, plan=plan, rule=rule, fraction=digital,
+            placement=placement, device=device, noise_scale=noise_scale, time_s=time,
+            drift_compensation=drift_compensation, read_noise=read_noise, read_noise_kind=read_noise_kind,
+            seeds=seeds, seed=seed, data=data, limit=limit, num_fewshot=num_fewshot, text=text, seq=seq,
+            batch_tokens=batch_tokens, input_range=input_range, range_k=range_k,
+            adc_bound=_adc_bound(adc_bound, input_range),
+            bound_axis=bound_axis, dac_bits=dac_bits or None, adc_bits=adc_bits or None, tile_rows=tile_rows,
+            down_axis=down_axis,
+            dtype=dtype, output=output, json_file=json_file,
+        )
+    )  # fmt: skip
+
+
+def _adc_bound(given: float | None, input_range: str) -> float:
+    if given is not None:
+        return given
+    return 12.0 if input_range == "dynamic" else 3.0
 
 
 def _show_warning(

@@ -32,7 +32,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return call
 
 
-@pytest.mark.parametrize("command", ["eval", "place", "info", "convert"])
+@pytest.mark.parametrize("command", ["eval", "place", "info", "convert", "tasks"])
 def test_help_shows_an_example(run: Run, command: str) -> None:
     code, out, _ = run(command, "--help")
     assert code == 0 and f"Example: hetmoe {command}" in out

@@ -6,19 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from hetmoe.analog.calibration import Calibration, RangeMethod
-from hetmoe.analog.read_noise import make_read_noise
-from hetmoe.analog.spec import AnalogSpec, analog_spec, describe
+from hetmoe.analog.calibration import Calibration
+from hetmoe.analog.spec import describe
 from hetmoe.checkpoint.load import load_model, parse_dtype
 from hetmoe.commands.common import choose_text, make_console, write_json
+from hetmoe.commands.hardware import HardwareOptions
 from hetmoe.commands.progress import show_progress
 from hetmoe.commands.tables import metric_tables
 from hetmoe.errors import InputError
-from hetmoe.evaluate.calibrate import calibrate
 from hetmoe.evaluate.noise_sweep import (
     Placement,
     Point,
@@ -26,33 +24,27 @@ from hetmoe.evaluate.noise_sweep import (
     digital_point,
     evaluations,
     noise_sweep,
-    random_placement,
 )  # fmt: skip
 from hetmoe.evaluate.plot import plot_sweep
-from hetmoe.evaluate.prepare import noise_keys, placement_keys, prepare_text
+from hetmoe.evaluate.prepare import noise_keys, prepare_text
 from hetmoe.evaluate.provenance import provenance
-from hetmoe.evaluate.text import Windows
+from hetmoe.evaluate.rules import Scorer, scoring_scale
 from hetmoe.files import check_writable, write_bytes
 from hetmoe.models.model import Model, model_fingerprint
-from hetmoe.placement.plan import Plan, all_analog, digital_count, experts_analog, place
+from hetmoe.placement.plan import Plan, all_analog, digital_count, experts_analog
 from hetmoe.placement.plan_file import load_plan
-from hetmoe.placement.scores import RULES, score_experts
+from hetmoe.placement.scores import RANDOM, RULES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalRequest:
+class EvalRequest(HardwareOptions):
     """The options of `hetmoe eval`, named as there."""
 
     model: str
     rule: str
     fractions: list[float]
     plan: Path | None
-    device: str
     noise_scales: list[float]
-    time_s: float | None
-    drift_compensation: bool
-    read_noise: float
-    read_noise_kind: str
     seeds: int
     seed: int
     text: Path | None
@@ -60,13 +52,6 @@ class EvalRequest:
     seq: int
     batch: int
     jobs: int | None
-    input_range: str
-    range_k: float
-    adc_bound: float
-    bound_axis: str
-    dac_bits: int | None
-    adc_bits: int | None
-    tile_rows: int
     down_axis: str
     dtype: str
     json_file: Path | None
@@ -87,27 +72,11 @@ class EvalRequest:
             digital_count(fraction, 1)
         if len(set(self.noise_scales)) != len(self.noise_scales) or len(set(self.fractions)) != len(self.fractions):
             raise InputError("--noise-scale and --digital may each name a value only once")
-        for scale in self.noise_scales:
-            self.spec(scale)
-        if self.input_range != "dynamic":
-            self.range_method()
+        self.check_hardware(self.noise_scales)
         parse_dtype(self.dtype)
         for path in (self.json_file, self.plot):
             if path is not None:
                 check_writable(path)
-
-    def spec(self, noise_scale: float) -> AnalogSpec:
-        """The analog hardware at one noise scale."""
-        return analog_spec(
-            self.device, noise_scale=noise_scale, time_s=self.time_s, drift_compensation=self.drift_compensation,
-            dac_bits=self.dac_bits, adc_bits=self.adc_bits, adc_bound=self.adc_bound, bound_axis=self.bound_axis,
-            tile_rows=self.tile_rows,
-            read_noise=make_read_noise(self.read_noise_kind, self.read_noise) if self.read_noise != 0 else None,
-        )  # fmt: skip
-
-    def range_method(self) -> RangeMethod:
-        """How DAC ranges are calibrated."""
-        return RangeMethod(method=self.input_range, k=self.range_k)  # pyright: ignore[reportArgumentType]
 
 
 def run(request: EvalRequest) -> None:
@@ -129,17 +98,12 @@ def run(request: EvalRequest) -> None:
         f"[bold]{model.name}[/bold]: {size.tokens:,} held-out tokens, {size.bytes:,} bytes, {size.questions:,} "
         f"next-word questions; device {request.device}, {request.seeds} noise seeds, {jax.devices()[0].device_kind}"
     )
-    calibration = None
-    if text.aside is not None:
-        calibration = calibrate(
-            model.params,
-            jnp.asarray(text.aside.tokens[:, :-1]),
-            model.config,
-            request.range_method(),
-            tile_rows=request.tile_rows,
-        )
+    calibration = None if text.aside is None else request.calibration(model, text.aside)
     keys = noise_keys(request.seed, request.seeds)
-    placements = make_placements(request, model, saved, text.sample, keys)
+    scorer = Scorer(
+        model=model, sample=text.sample, down_axis=request.down_axis, seed=request.seed, calibration=calibration
+    )
+    placements = make_placements(request, scorer, saved)
     digital = digital_point(model, batches, size)
     points = _sweep(request, model, calibration, placements, keys, batches, size, console)
     seconds = time.perf_counter() - started
@@ -164,28 +128,18 @@ def run(request: EvalRequest) -> None:
         console.print(f"results: {request.json_file}")
 
 
-def make_placements(
-    request: EvalRequest, model: Model, saved: Plan | None, sample: Windows, keys: jax.Array
-) -> list[Placement]:
+def make_placements(request: EvalRequest, scorer: Scorer, saved: Plan | None) -> list[Placement]:
     """All analog, experts analog, the rule at every fraction, random at every fraction, and a saved plan."""
-    config = model.config
+    config = scorer.model.config
     lines = [
         Placement(name="all analog", plans=[all_analog(config)]),
         Placement(name="experts analog", plans=[experts_analog(config)]),
     ]
     if request.plan is not None and saved is not None:
         lines.append(Placement(name=f"plan {request.plan.stem}", plans=[saved]))
-    if request.rule != "random":
-        text = jnp.asarray(sample.tokens[:, :-1]) if request.rule.startswith("activation") else None
-        scores = score_experts(
-            model, request.rule, tokens=text, down_axis=request.down_axis,  # pyright: ignore[reportArgumentType]
-        )  # fmt: skip
-        lines.extend(
-            Placement(name=f"{request.rule} {fraction:.1%} digital", plans=[place(scores, fraction)])
-            for fraction in request.fractions
-        )
-    random_keys = placement_keys(request.seed, len(keys))
-    lines.extend(random_placement(f"random {f:.1%} digital", model, f, random_keys) for f in request.fractions)
+    spec = request.spec(scoring_scale(request.noise_scales))
+    for rule in dict.fromkeys((request.rule, RANDOM)):
+        lines.extend(scorer.placements(rule, request.fractions, request.seeds, spec))
     return lines
 
 

@@ -1,6 +1,7 @@
 """Log-likelihoods without ever holding the logits of the whole text."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,28 @@ def choice_log_probs(
         hidden: final hidden states.
         choices: token ids whose log-probability is wanted, for instance the true next token alone.
     """
+    return _by_chunk(logits_of, hidden, choices, _log_probs)
+
+
+def choice_log_probs_and_best(
+    logits_of: Callable[[Array, Array], Array],
+    hidden: Float[Array, "tokens hidden"],
+    choices: Int[Array, "tokens choices"],
+) -> tuple[Float[Array, "tokens choices"], Int[Array, "tokens"]]:
+    """`choice_log_probs`, and the likeliest next token at every position (the first of equals)."""
+    return _by_chunk(
+        logits_of, hidden, choices, lambda logits, ids: (_log_probs(logits, ids), jnp.argmax(logits, axis=-1))
+    )
+
+
+def _log_probs(logits: Array, ids: Array) -> Array:
+    return jnp.take_along_axis(logits, ids, axis=1) - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def _by_chunk(
+    logits_of: Callable[[Array, Array], Array], hidden: Array, choices: Array, take: Callable[[Array, Array], Any]
+) -> Any:
+    """What `take` makes of the logits and choices of every token, chunk by chunk."""
     count = hidden.shape[0]
     chunk = max(1, min(CHUNK, count))
     pad = -count % chunk
@@ -28,10 +51,10 @@ def choice_log_probs(
     wanted = jnp.pad(choices, ((0, pad), (0, 0))).reshape(-1, chunk, choices.shape[1])
 
     @jax.checkpoint  # the backward pass recomputes a chunk's logits instead of storing all of them
-    def one(part: tuple[Array, Array, Array]) -> Array:
+    def one(part: tuple[Array, Array, Array]) -> Any:
         rows, ids, first = part
-        logits = logits_of(rows, first)
-        return jnp.take_along_axis(logits, ids, axis=1) - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        return take(logits_of(rows, first), ids)
 
     first_rows = jnp.arange(hidden.shape[0], dtype=jnp.uint32) * chunk
-    return jax.lax.map(one, (hidden, wanted, first_rows)).reshape(-1, choices.shape[1])[:count]
+    chunks = jax.lax.map(one, (hidden, wanted, first_rows))
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:count], chunks)

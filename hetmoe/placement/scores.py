@@ -72,8 +72,9 @@ _FROM_ROUTING: dict[str, Callable[[Routing], Array]] = {
     "activation_frequency": activation_frequency,
     "activation_weight": activation_weight,
 }
+RANDOM = "random"  # drawn anew for every noise seed where seeds are compared
 DEVICE_RULES = ("noise_sensitivity", "measured")  # depend on the analog hardware
-RULES = ("max_neuron_norm", "activation_frequency", "activation_weight", "router_norm", "random", *DEVICE_RULES)
+RULES = ("max_neuron_norm", "activation_frequency", "activation_weight", "router_norm", RANDOM, *DEVICE_RULES)
 
 
 def score_experts(
@@ -115,7 +116,7 @@ def score_experts(
         return max_neuron_norm(moe, down_axis)
     if rule == "router_norm":
         return router_norm(moe)
-    if rule == "random":
+    if rule == RANDOM:
         return random_scores(key, model.config)
     if tokens is None or tokens.ndim != 2 or tokens.shape[0] < 1:
         raise InputError(f"rule {rule!r} needs tokens [sequences, seq] of sample text")

@@ -12,6 +12,7 @@ from hetmoe.analog.spec import AnalogSpec, analog_spec
 from hetmoe.checkpoint.load import parse_dtype
 from hetmoe.errors import InputError
 from hetmoe.evaluate.prepare import DEFAULT_TOKENS
+from hetmoe.evaluate.rules import scoring_scale
 from hetmoe.placement.plan import digital_count
 from hetmoe.placement.scores import RULES, check_down_axis
 from hetmoe.sweep.toml_table import TomlTable
@@ -33,7 +34,11 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GridConfig:
-    """Table `[grid]`, named as there; a time is None for "programmed"."""
+    """Table `[grid]`, named as there; a time is None for "programmed".
+
+    `scoring_scale` is the noise scale that device-dependent rules are scored at; their scores also have the first of
+    `bits`.
+    """
 
     placements: tuple[str, ...]
     rules: tuple[str, ...]
@@ -44,6 +49,7 @@ class GridConfig:
     bits: tuple[int, ...]
     seeds: int
     seed: int
+    scoring_scale: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,18 +147,20 @@ def _text(table: TomlTable) -> TextConfig:
 
 
 def _grid(table: TomlTable) -> GridConfig:
+    scales = tuple(table.numbers("noise_scales"))
     config = GridConfig(
         placements=tuple(table.texts("placements", PLACEMENTS, of=PLACEMENTS)),
         rules=tuple(table.texts("rules", (), of=RULES)),
         fractions=tuple(table.numbers("fractions", ())),
         devices=tuple(table.texts("devices", of=DEVICES)),
-        noise_scales=tuple(table.numbers("noise_scales")),
+        noise_scales=scales,
         times=tuple(
             None if time == PROGRAMMED else time for time in table.numbers("times", (PROGRAMMED,), or_text=PROGRAMMED)
         ),
         bits=tuple(table.wholes("bits", (8,))),
         seeds=table.whole("seeds", 8, at_least=1),
         seed=table.whole("seed", 0, at_least=0, at_most=LARGEST_SEED),
+        scoring_scale=table.number("scoring_scale", scoring_scale(scales) if scales else 1.0),
     )
     table.finish()
     return config
@@ -193,5 +201,7 @@ def _check(config: SweepConfig) -> None:
     parse_dtype(config.dtype)
     check_down_axis(hardware.down_axis)
     hardware.range_method()
+    for device in grid.devices:
+        config.spec(device, grid.scoring_scale, None, grid.bits[0])
     for hardware_of_point in itertools.product(grid.devices, grid.noise_scales, grid.times, grid.bits):
         config.spec(*hardware_of_point)

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator
 
 from hetmoe.errors import InputError
 from hetmoe.evaluate.noise_sweep import is_quiet
+from hetmoe.placement.scores import RANDOM
 from hetmoe.sweep.config import SweepConfig
 
-ALL_DIGITAL, ALL_ANALOG, RANDOM = "all_digital", "all_analog", "random"
+ALL_DIGITAL, ALL_ANALOG = "all_digital", "all_analog"
 MOST_POINTS = 1_000_000
 
 

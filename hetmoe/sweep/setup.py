@@ -14,12 +14,12 @@ from hetmoe.checkpoint.load import load_model
 from hetmoe.errors import InputError
 from hetmoe.evaluate.calibrate import calibrate
 from hetmoe.evaluate.prepare import EvalText, noise_keys, placement_keys, prepare_text
+from hetmoe.evaluate.rules import Scorer
 from hetmoe.evaluate.text import heldout_files, read_text
 from hetmoe.models.model import Model, model_fingerprint
-from hetmoe.placement.scores import score_experts
+from hetmoe.placement.scores import DEVICE_RULES, RANDOM, score_experts
 from hetmoe.sweep.code_digest import code_record
 from hetmoe.sweep.config import SweepConfig
-from hetmoe.sweep.points import RANDOM
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,8 @@ class Setup:
     model: Model
     text: EvalText
     calibration: Calibration | None
-    scores: dict[str, np.ndarray]  # of the rules that are not drawn anew for every seed
+    scorer: Scorer
+    scores: dict[str, np.ndarray]  # by `score_name`, of the rules that are not drawn anew for every seed
     noise_keys: jax.Array
     placement_keys: jax.Array
 
@@ -99,29 +100,40 @@ def make_setup(config: SweepConfig, model: Model) -> Setup:
     if method is not None and text.aside is not None:
         tokens = jnp.asarray(text.aside.tokens[:, :-1])
         calibration = calibrate(model.params, tokens, model.config, method, tile_rows=config.hardware.tile_rows)
-    random_keys = placement_keys(grid.seed, grid.seeds)
+    scorer = Scorer(
+        model=model, sample=text.sample, down_axis=config.hardware.down_axis, seed=grid.seed, calibration=calibration
+    )
     return Setup(
         config=config,
         model=model,
         text=text,
         calibration=calibration,
-        scores={rule: rule_scores(rule, config, model, text) for rule in grid.rules if rule != RANDOM},
+        scorer=scorer,
+        scores=_scores(config, scorer),
         noise_keys=noise_keys(grid.seed, grid.seeds),
-        placement_keys=random_keys,
+        placement_keys=placement_keys(grid.seed, grid.seeds),
     )
 
 
-def rule_scores(
-    rule: str, config: SweepConfig, model: Model, text: EvalText, *, key: jax.Array | None = None
-) -> np.ndarray:
-    """Scores of all experts by a rule, `[layers, experts]`; `key` for and only for the rule `random`."""
-    tokens = jnp.asarray(text.sample.tokens[:, :-1]) if rule.startswith("activation") else None
-    down_axis: Any = config.hardware.down_axis
-    return np.asarray(score_experts(model, rule, key=key, tokens=tokens, down_axis=down_axis))
+def _scores(config: SweepConfig, scorer: Scorer) -> dict[str, np.ndarray]:
+    """Scores by `score_name`; device-dependent rules are scored per device, just programmed, at one noise scale."""
+    grid, found = config.grid, dict[str, np.ndarray]()
+    for rule in grid.rules:
+        for device in grid.devices:
+            if rule != RANDOM and (name := score_name(rule, device)) not in found:
+                spec = config.spec(device, grid.scoring_scale, None, grid.bits[0])
+                found[name] = scorer.scores(rule, spec)
+    return found
+
+
+def score_name(rule: str, device: str) -> str:
+    """Which scores place a point: those of its rule, for its device where that matters."""
+    return f"{rule} ({device})" if rule in DEVICE_RULES else rule
 
 
 def activation_frequencies(setup: Setup) -> np.ndarray | None:
     """How often each expert is chosen on the calibration windows; None where nothing is calibrated."""
     if setup.text.aside is None:
         return None
-    return rule_scores("activation_frequency", setup.config, setup.model, setup.text)
+    tokens = jnp.asarray(setup.text.aside.tokens[:, :-1])
+    return np.asarray(score_experts(setup.model, "activation_frequency", tokens=tokens))

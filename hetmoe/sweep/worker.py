@@ -11,9 +11,10 @@ from hetmoe.evaluate.noise_sweep import Point, make_point
 from hetmoe.evaluate.run import Totals, evaluate_digital, evaluate_seeds
 from hetmoe.placement.parameters import digital_parameters
 from hetmoe.placement.plan import Plan, all_analog, all_digital, experts_analog, place, stack_plans
+from hetmoe.placement.scores import RANDOM, score_experts
 from hetmoe.sweep.ledger import Ledger, Timing, now_utc
-from hetmoe.sweep.points import ALL_DIGITAL, RANDOM, SweepPoint
-from hetmoe.sweep.setup import Setup, rule_scores
+from hetmoe.sweep.points import ALL_DIGITAL, SweepPoint
+from hetmoe.sweep.setup import Setup, score_name
 from hetmoe.sweep.store import Measurement
 
 _PLACEMENTS = {"all_digital": all_digital, "experts_analog": experts_analog, "all_analog": all_analog}
@@ -58,9 +59,9 @@ def make_plan(setup: Setup, point: SweepPoint) -> Plan:
         return _PLACEMENTS[point.placement](setup.model.config)
     if point.placement == RANDOM:
         key = setup.placement_keys[point.seed_index]
-        scores = rule_scores(RANDOM, setup.config, setup.model, setup.text, key=key)
+        scores = np.asarray(score_experts(setup.model, RANDOM, key=key))
     else:
-        scores = setup.scores[point.placement]
+        scores = setup.scores[score_name(point.placement, point.device)]
     return place(scores, point.fraction)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hetmoe.models.likelihood import CHUNK, choice_log_probs
+from hetmoe.models.likelihood import CHUNK, choice_log_probs, choice_log_probs_and_best
 
 UNIT = 2.0**-24  # unit roundoff of float32
 HIDDEN, VOCAB = 7, 50
@@ -109,3 +109,14 @@ def test_gradient(tokens: int) -> None:
     for actual, exact in zip(grads, expected, strict=True):
         # Probabilities relatively off by a few units of the logits (about 10), in sums of up to 265 terms.
         np.testing.assert_allclose(actual, exact, rtol=0, atol=32 * UNIT * np.abs(exact).max())
+
+
+def test_the_best_is_the_first_of_equals() -> None:
+    hidden, head, ids = inputs(CHUNK + 9, 2)
+    head[:, 7] = head[:, 3]  # two tokens are always equally likely
+    head[:, 3:8:4] *= 3
+    log_probs, best = choice_log_probs_and_best(lambda rows, _: rows @ head, jnp.asarray(hidden), jnp.asarray(ids))
+    np.testing.assert_array_equal(best, (hidden @ head).argmax(axis=1))
+    assert 3 in best and 7 not in best
+    alone = choice_log_probs(lambda rows, _: rows @ head, jnp.asarray(hidden), jnp.asarray(ids))
+    np.testing.assert_array_equal(log_probs, alone)
