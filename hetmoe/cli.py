@@ -27,7 +27,10 @@ MODEL = Annotated[
 DTYPE = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")]
 RULE = Annotated[
     str,
-    typer.Option(help="max_neuron_norm, activation_frequency, activation_weight, router_norm or random."),
+    typer.Option(
+        help="max_neuron_norm, activation_frequency, activation_weight, router_norm, random, noise_sensitivity or "
+        "measured."
+    ),
 ]
 DOWN_AXIS = Annotated[str, typer.Option(help="What a neuron of 'down' is: hidden or output.")]
 TEXT = Annotated[Path | None, typer.Option(help="UTF-8 text; default: the embedded held-out text.")]
@@ -48,6 +51,9 @@ BOUND_AXIS = Annotated[str, typer.Option(help="Weight maximum of the ADC bound: 
 DAC_BITS = Annotated[int, typer.Option(help="DAC bits; 0 = ideal.")]
 ADC_BITS = Annotated[int, typer.Option(help="ADC bits; 0 = ideal.")]
 TILE_ROWS = Annotated[int, typer.Option(help="Rows of a crossbar tile.")]
+CALIBRATION = Annotated[
+    Path | None, typer.Option(help="Input ranges and lambda made by 'hetmoe calibrate', instead of from text.")
+]
 SEEDS = Annotated[int, typer.Option(help="Noise seeds.")]
 SEED = Annotated[int, typer.Option(help="Base seed.")]
 RUN_DTYPE = Annotated[str, typer.Option(help="float32, bfloat16 or float16 for weights and activations.")]
@@ -75,27 +81,96 @@ def info(model: MODEL = "reference", dtype: DTYPE = None, json_file: Annotated[
     run(model, dtype, json_file)
 
 
-@app.command(epilog="Example: hetmoe place reference --rule max_neuron_norm --digital 0.125 -o plan.json")
+@app.command(
+    epilog="Examples: hetmoe place reference --rule max_neuron_norm --digital 0.125 -o plan.json; "
+    "hetmoe place reference --rule noise_sensitivity --noise-scale 5 --budget parameters --dense --digital 0.2 "
+    "-o plan.json"
+)
 def place(
     model: MODEL = "reference",
     rule: RULE = "max_neuron_norm",
-    digital: Annotated[float, typer.Option(help="Fraction of each layer's experts to keep digital.")] = 0.125,
+    digital: Annotated[float, typer.Option(help="Fraction (see --budget) to keep digital.")] = 0.125,
+    budget: Annotated[
+        str,
+        typer.Option(
+            help="per_layer (of each layer's experts), parameters (of those of all modules that compete), or energy "
+            "(of their extra energy when digital); the last two are solved exactly over all layers."
+        ),
+    ] = "per_layer",
+    dense: Annotated[
+        bool,
+        typer.Option(help="Attention, shared experts, dense layers and LM head compete too; else they are digital."),
+    ] = False,
+    compare: Annotated[bool, typer.Option(help="Spearman correlation of the other rules with this one.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan here.")] = None,
     text: TEXT = None,
-    tokens: Annotated[int, typer.Option(help="Most tokens for the activation rules.")] = 16384,
+    tokens: Annotated[int, typer.Option(help="Most tokens for the rules that read text.")] = 16384,
     seq: SEQ = 256,
-    seed: Annotated[int, typer.Option(help="Seed of rule 'random'.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of rules 'random', 'noise_sensitivity' and 'measured'.")] = 0,
+    seeds: Annotated[int, typer.Option(help="Noise seeds of rule 'measured'.")] = 8,
     down_axis: DOWN_AXIS = "hidden",
+    device: DEVICE = "pcm",
+    noise_scale: Annotated[float, typer.Option(help="Scale c that 'noise_sensitivity' and 'measured' look at.")] = 1.0,
+    time: TIME = None,
+    drift_compensation: COMPENSATION = False,
+    calibration: CALIBRATION = None,
+    energy_batch: Annotated[int, typer.Option(help="Tokens decoded together, for --budget energy.")] = 32,
     dtype: DTYPE = None,
 ) -> None:
-    """Score experts and decide which stay digital.
+    """Score experts (or all modules) and decide which stay digital.
 
-    Rules that need no text read the files of a checkpoint in under 1 GB of memory; the activation rules, and converted
-    (Orbax) checkpoints, load the model.
+    max_neuron_norm, router_norm and random need no text and read the files of a checkpoint in under 1 GB of memory; the
+    other rules, and converted (Orbax) checkpoints, load the model. noise_sensitivity is the expected loss increase
+    under the device's noise, measured the one measured with one module analog at a time; without --calibration it has
+    dynamic input ranges.
     """
-    from hetmoe.commands.place import run
+    from hetmoe.commands.place import PlaceRequest, run
 
-    run(model, rule, digital, output, text, tokens, seq, seed, down_axis, dtype)
+    run(
+        PlaceRequest(
+            model=model, rule=rule, fraction=digital, budget=budget, dense=dense, compare=compare, output=output,
+            text=text, tokens=tokens, seq=seq, seed=seed, seeds=seeds, down_axis=down_axis, device=device,
+            noise_scale=noise_scale, time_s=time, drift_compensation=drift_compensation, calibration=calibration,
+            energy_batch=energy_batch, dtype=dtype,
+        )
+    )  # fmt: skip
+
+
+@app.command(epilog="Example: hetmoe calibrate reference --by loss --analog all -o calibration.safetensors")
+def calibrate(
+    model: MODEL = "reference",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write ranges and lambda here.")] = None,
+    text: TEXT = None,
+    tokens: Annotated[int, typer.Option(help="Most tokens to calibrate on.")] = 16384,
+    seq: SEQ = 256,
+    method: Annotated[str, typer.Option(help="ema_std, quantile or max.")] = "ema_std",
+    k: Annotated[list[float] | None, typer.Option(help="K of ema_std; repeatable; default: a grid.")] = None,
+    quantile: Annotated[list[float] | None, typer.Option(help="Quantile of |x|; repeatable.")] = None,
+    adc_bound: Annotated[list[float] | None, typer.Option(help="Lambda; repeatable; default: a grid.")] = None,
+    by: Annotated[
+        str, typer.Option(help="What the search minimises: output (error of each matrix) or loss.")
+    ] = "output",
+    analog: Annotated[str, typer.Option(help="Whose converters count: experts or all.")] = "experts",
+    min_tokens: Annotated[int, typer.Option(help="Experts that saw fewer have the range of their layer.")] = 32,
+    bound_axis: BOUND_AXIS = "tile",
+    dac_bits: DAC_BITS = 8,
+    adc_bits: ADC_BITS = 8,
+    tile_rows: TILE_ROWS = 512,
+    dtype: RUN_DTYPE = "float32",
+) -> None:
+    """Calibrate DAC input ranges (K) and the ADC bound (lambda) on text, together.
+
+    One pass collects statistics; ranges by every K follow from them. With one K and one lambda nothing is searched.
+    """
+    from hetmoe.commands.calibrate import CalibrateRequest, run
+
+    run(
+        CalibrateRequest(
+            model=model, output=output, text=text, tokens=tokens, seq=seq, method=method, k=k, quantile=quantile,
+            adc_bound=adc_bound, by=by, analog=analog, min_tokens=min_tokens, bound_axis=bound_axis,
+            dac_bits=dac_bits or None, adc_bits=adc_bits or None, tile_rows=tile_rows, dtype=dtype,
+        )
+    )  # fmt: skip
 
 
 @app.command(epilog="Example: hetmoe convert allenai/OLMoE-1B-7B-0924 olmoe-orbax")
@@ -144,6 +219,7 @@ def eval(  # noqa: A001
     dac_bits: DAC_BITS = 8,
     adc_bits: ADC_BITS = 8,
     tile_rows: TILE_ROWS = 512,
+    calibration: CALIBRATION = None,
     down_axis: DOWN_AXIS = "hidden",
     dtype: RUN_DTYPE = "float32",
     json_file: JSON_FILE = None,
@@ -159,8 +235,9 @@ def eval(  # noqa: A001
             drift_compensation=drift_compensation, read_noise=read_noise, read_noise_kind=read_noise_kind,
             seeds=seeds, seed=seed, text=text, tokens=tokens, seq=seq,
             batch=batch, jobs=jobs, input_range=input_range, range_k=range_k,
-            adc_bound=_adc_bound(adc_bound, input_range),
+            adc_bound=_adc_bound(adc_bound, input_range, calibration),
             bound_axis=bound_axis, dac_bits=dac_bits or None, adc_bits=adc_bits or None, tile_rows=tile_rows,
+            calibration_file=calibration,
             down_axis=down_axis,
             dtype=dtype, json_file=json_file, plot=plot,
         )
@@ -245,6 +322,7 @@ def tasks(
     dac_bits: DAC_BITS = 8,
     adc_bits: ADC_BITS = 8,
     tile_rows: TILE_ROWS = 512,
+    calibration: CALIBRATION = None,
     down_axis: DOWN_AXIS = "hidden",
     dtype: RUN_DTYPE = "float32",
     json_file: JSON_FILE = None,
@@ -260,17 +338,22 @@ def tasks(
             drift_compensation=drift_compensation, read_noise=read_noise, read_noise_kind=read_noise_kind,
             seeds=seeds, seed=seed, data=data, limit=limit, num_fewshot=num_fewshot, text=text, seq=seq,
             batch_tokens=batch_tokens, input_range=input_range, range_k=range_k,
-            adc_bound=_adc_bound(adc_bound, input_range),
+            adc_bound=_adc_bound(adc_bound, input_range, calibration),
             bound_axis=bound_axis, dac_bits=dac_bits or None, adc_bits=adc_bits or None, tile_rows=tile_rows,
+            calibration_file=calibration,
             down_axis=down_axis,
             dtype=dtype, output=output, json_file=json_file,
         )
     )  # fmt: skip
 
 
-def _adc_bound(given: float | None, input_range: str) -> float:
+def _adc_bound(given: float | None, input_range: str, calibration: Path | None) -> float:
+    from hetmoe.evaluate.calibration_file import stored_adc_bound
+
     if given is not None:
         return given
+    if calibration is not None:
+        return stored_adc_bound(calibration)
     return 12.0 if input_range == "dynamic" else 3.0
 
 

@@ -15,7 +15,7 @@ from hetmoe.checkpoint.load import load_model, parse_dtype
 from hetmoe.commands.common import choose_text, make_console, write_json
 from hetmoe.commands.hardware import HardwareOptions
 from hetmoe.commands.progress import show_progress
-from hetmoe.commands.tables import metric_tables
+from hetmoe.commands.tables import Difference, difference_tables, differences, metric_tables
 from hetmoe.errors import InputError
 from hetmoe.evaluate.noise_sweep import (
     Placement,
@@ -118,13 +118,16 @@ def run(request: EvalRequest) -> None:
             continue
         for table in metric_tables(title, metric, factor, digital, points, console):
             console.print(table)
+    paired = differences("perplexity", points, _pairs(request, placements))
+    for table in difference_tables("Perplexity, paired differences: mean [95 % interval]", paired, console):
+        console.print(table)
     console.print(f"mean ± standard error over {request.seeds} seeds; done in {seconds:.0f} s")
     if request.plot is not None:
         title = f"{model.name}: {request.device} programming noise, {size.tokens:,} tokens, {request.seeds} seeds"
         write_bytes(request.plot, plot_sweep(digital, points, title))
         console.print(f"figure: {request.plot}")
     if request.json_file is not None:
-        write_json(request.json_file, _record(request, model, files, size, digital, points, seconds))
+        write_json(request.json_file, _record(request, model, files, size, digital, points, paired, seconds))
         console.print(f"results: {request.json_file}")
 
 
@@ -143,6 +146,17 @@ def make_placements(request: EvalRequest, scorer: Scorer, saved: Plan | None) ->
     return lines
 
 
+def _pairs(request: EvalRequest, placements: list[Placement]) -> list[tuple[str, str]]:
+    """What is compared chip by chip: every partial placement with all experts analog, the rule with random."""
+    names = [p.name for p in placements]
+    pairs = [(name, "experts analog") for name in names[2:]]
+    return pairs + [
+        (name, name.replace(request.rule, RANDOM, 1))
+        for name in names
+        if name.startswith(f"{request.rule} ") and request.rule != RANDOM
+    ]
+
+
 def _sweep(
     request: EvalRequest, model: Model, calibration: Calibration | None, placements: list[Placement], keys: jax.Array,
     batches: Any, size: TextSize, console: Console,
@@ -159,7 +173,7 @@ def _sweep(
 
 def _record(
     request: EvalRequest, model: Model, files: list[Path], size: TextSize, digital: Point, points: list[Point],
-    seconds: float,
+    paired: list[Difference], seconds: float,
 ) -> dict[str, Any]:  # fmt: skip
     options = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(request).items()}
     keys = noise_keys(request.seed, request.seeds)
@@ -177,5 +191,6 @@ def _record(
         "seed_keys": np.asarray(jax.random.key_data(keys)).tolist(),
         "digital": dataclasses.asdict(digital),
         "points": [dataclasses.asdict(p) for p in points],
+        "paired_differences": {"metric": "perplexity", "of": [dataclasses.asdict(d) for d in paired]},
         "seconds": round(seconds, 1),
     }

@@ -1,13 +1,16 @@
 """Options that say what the analog hardware is, shared by the commands that run it."""
 
 import dataclasses
+from pathlib import Path
 
 import jax.numpy as jnp
 
 from hetmoe.analog.calibration import Calibration, RangeMethod
 from hetmoe.analog.read_noise import make_read_noise
 from hetmoe.analog.spec import AnalogSpec, analog_spec
+from hetmoe.errors import InputError
 from hetmoe.evaluate.calibrate import calibrate
+from hetmoe.evaluate.calibration_file import load_calibration
 from hetmoe.evaluate.text import Windows
 from hetmoe.models.model import Model
 
@@ -28,6 +31,7 @@ class HardwareOptions:
     dac_bits: int | None
     adc_bits: int | None
     tile_rows: int
+    calibration_file: Path | None  # ranges from there instead of from text
 
     def check_hardware(self, noise_scales: list[float]) -> None:
         """Raises InputError for values that no hardware has."""
@@ -35,6 +39,8 @@ class HardwareOptions:
             self.spec(scale)
         if self.input_range != "dynamic":
             self.range_method()
+        if self.calibration_file is not None and (self.input_range, self.range_k) != ("ema_std", 12.0):
+            raise InputError("--calibration holds the input ranges: leave out --input-range and --range-k")
 
     def spec(self, noise_scale: float) -> AnalogSpec:
         """The analog hardware at one noise scale."""
@@ -50,7 +56,9 @@ class HardwareOptions:
         return RangeMethod(method=self.input_range, k=self.range_k)  # pyright: ignore[reportArgumentType]
 
     def calibration(self, model: Model, windows: Windows) -> Calibration | None:
-        """DAC ranges from text; None where they are dynamic."""
+        """DAC ranges from the file, or from text; None where they are dynamic."""
+        if self.calibration_file is not None:
+            return load_calibration(self.calibration_file, model).calibration
         if self.input_range == "dynamic":
             return None
         tokens = jnp.asarray(windows.tokens[:, :-1])

@@ -16,6 +16,7 @@ from hetmoe.files import write_bytes
 from hetmoe.models.model import Model, model_fingerprint
 
 FORMAT = "hetmoe-calibration-1"
+_RECORD = {"adc_bound", "model", "tile_rows", "method", "made_by"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,20 +53,14 @@ def load_calibration(path: str | Path, model: Model) -> SavedCalibration:
         InputError: if the file is absent or malformed, or was made for another model.
     """
     path = Path(path)
+    content, record = _read(path)
     try:
-        content = path.read_bytes()
         tensors = load(content)
-    except OSError as error:
-        raise InputError(f"calibration {path}: cannot be read ({error.strerror})") from None
     except SafetensorError as error:
         raise InputError(
             f"calibration {path}: not a calibration file ({error}); make one with 'hetmoe calibrate'"
         ) from None
     try:
-        metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
-        if metadata["format"] != FORMAT:
-            raise InputError(f"calibration {path}: format {metadata['format']!r} is not {FORMAT!r}; calibrate again")
-        record = json.loads(metadata["record"])
         made_for, identity = record["model"], model_fingerprint(model)
         if made_for["fingerprint"] != identity:
             raise InputError(
@@ -82,10 +77,12 @@ def load_calibration(path: str | Path, model: Model) -> SavedCalibration:
             tokens_seen=ranges["tokens_seen"],
             tile_rows=int(record["tile_rows"]),
         )
-        how, bound = RangeMethod(**record["method"]), float(record["adc_bound"])
-        if not 0 < bound < float("inf"):
-            raise InputError(f"calibration {path}: adc_bound={bound!r} must be positive and finite")
-        return SavedCalibration(calibration=calibration, adc_bound=bound, how=how, made_by=record["made_by"])
+        return SavedCalibration(
+            calibration=calibration,
+            adc_bound=_bound(path, record),
+            how=RangeMethod(**record["method"]),
+            made_by=record["made_by"],
+        )
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -96,3 +93,36 @@ def _range(path: Path, name: str, value: np.ndarray) -> Any:
     if value.dtype != np.float32 or not np.isfinite(value).all() or (value < 0).any():
         raise InputError(f"calibration {path}: {name} must be float32, finite and at least 0; calibrate again")
     return jnp.asarray(value)
+
+
+def stored_adc_bound(path: str | Path) -> float:
+    """The ADC bound (lambda) of a calibration file; reads nothing of the model. Raises InputError as above."""
+    return _bound(Path(path), _read(Path(path))[1])
+
+
+def _bound(path: Path, record: dict[str, Any]) -> float:
+    bound = record["adc_bound"]
+    if type(bound) is not float or not 0 < bound < float("inf"):
+        raise InputError(f"calibration {path}: adc_bound={bound!r} must be positive and finite; calibrate again")
+    return bound
+
+
+def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
+    """(content, record of the metadata)."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"calibration {path}: cannot be read ({error.strerror})") from None
+    try:
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        metadata = header["__metadata__"]
+        if metadata["format"] != FORMAT:
+            raise InputError(f"calibration {path}: format {metadata['format']!r} is not {FORMAT!r}; calibrate again")
+        record = json.loads(metadata["record"])
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"calibration {path}: not a calibration file; make one with 'hetmoe calibrate'") from None
+    if not isinstance(record, dict) or not record.keys() >= _RECORD:
+        raise InputError(f"calibration {path}: its record lacks one of {', '.join(sorted(_RECORD))}; calibrate again")
+    return content, record

@@ -9,7 +9,7 @@ import jax
 from hetmoe.evaluate.next_word import word_questions
 from hetmoe.evaluate.noise_sweep import TextSize
 from hetmoe.evaluate.run import Batches, make_batches
-from hetmoe.evaluate.text import Windows, load_windows, split_windows
+from hetmoe.evaluate.text import Windows, apart, load_windows, split_windows
 from hetmoe.models.model import Model
 
 DEFAULT_TOKENS = 16384
@@ -65,3 +65,25 @@ def noise_keys(seed: int, seeds: int) -> jax.Array:
 def placement_keys(seed: int, seeds: int) -> jax.Array:
     """One key per seed for placements drawn at random."""
     return jax.random.split(jax.random.fold_in(jax.random.key(seed), 1), seeds)
+
+
+def unevaluated_text(model: Model, files: Sequence[Path], *, tokens: int, seq: int) -> tuple[Windows, bool]:
+    """Windows to choose placements and ranges on, and whether they are apart from what is evaluated by default.
+
+    They are, unless the text is too short for both: then they are spread over all of it.
+
+    Args:
+        model: whose tokenizer reads the text.
+        files: one per source.
+        tokens: at most so many, in whole windows.
+        seq: tokens of a window.
+
+    Raises:
+        InputError: for unusable text.
+    """
+    sources = load_windows(model, files, seq)
+    count, available = max(tokens // seq, 1), sum(len(s) for s in sources)
+    rest = apart(sources, DEFAULT_TOKENS // seq, WINDOWS_TO_CALIBRATE, count)
+    if rest is not None:
+        return rest, True
+    return split_windows(sources, min(count, available), 0)[0], False
