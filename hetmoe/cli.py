@@ -82,7 +82,7 @@ def info(model: MODEL = "reference", dtype: DTYPE = None, json_file: Annotated[
 
 
 @app.command(
-    epilog="Examples: hetmoe place reference --rule max_neuron_norm --digital 0.125 -o plan.json; "
+    epilog="Example: hetmoe place reference --rule max_neuron_norm --digital 0.125 -o plan.json, or for all modules: "
     "hetmoe place reference --rule noise_sensitivity --noise-scale 5 --budget parameters --dense --digital 0.2 "
     "-o plan.json"
 )

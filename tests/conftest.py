@@ -16,6 +16,7 @@ import typing
 import beartype
 import hypothesis
 import jax
+import pytest
 from flax import struct
 from jaxtyping import AbstractArray
 
@@ -60,3 +61,20 @@ def _leave_fields_unchecked(dataclass):
 
 
 struct.dataclass = _leave_fields_unchecked(struct.dataclass)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs `hetmoe ARGUMENTS` in this process: (exit code, stdout, stderr)."""
+    from hetmoe import cli
+
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments):
+        monkeypatch.setattr("sys.argv", ["hetmoe", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    return call

@@ -10,29 +10,13 @@ import pytest
 from PIL import Image
 
 import hetmoe
-from hetmoe import cli
 from hetmoe.checkpoint.load import model_directory
 
 Run = Callable[..., tuple[int, str, str]]
 SMALL = ("--tokens", "512", "--seq", "64", "--seeds", "2", "--batch", "4")
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs `hetmoe ARGUMENTS` in this process: (exit code, stdout, stderr)."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["hetmoe", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return call
-
-
-@pytest.mark.parametrize("command", ["eval", "place", "info", "convert", "tasks"])
+@pytest.mark.parametrize("command", ["calibrate", "eval", "place", "info", "convert", "tasks"])
 def test_help_shows_an_example(run: Run, command: str) -> None:
     code, out, _ = run(command, "--help")
     assert code == 0 and f"Example: hetmoe {command}" in out
@@ -52,10 +36,12 @@ def test_info_counts_parameters(run: Run, tmp_path: Path) -> None:
     assert record["active_parameters"] == active
 
 
-@pytest.mark.parametrize("rule", hetmoe.RULES)
+@pytest.mark.parametrize("rule", [rule for rule in hetmoe.RULES if rule != "measured"])
 def test_place_writes_a_plan_of_the_right_size(run: Run, tmp_path: Path, rule: str) -> None:
     path = tmp_path / "plan.json"
-    code, out, _ = run("place", "reference", "--rule", rule, "--digital", "0.125", "--tokens", 1024, "-o", path)
+    code, out, _ = run(
+        "place", "reference", "--rule", rule, "--digital", "0.125", "--tokens", 1024, "-o", path, "--noise-scale", 5
+    )
     plan = hetmoe.load_plan(path, hetmoe.load_model("reference"))
     assert code == 0 and rule in out
     assert (~plan.experts).sum(axis=1).tolist() == [4] * 4
