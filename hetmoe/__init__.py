@@ -1,6 +1,6 @@
 """hetmoe: mixture-of-experts language models with most experts on noisy analog crossbars."""
 
-from hetmoe.analog.calibration import Calibration, RangeMethod
+from hetmoe.analog.calibration import Calibration, RangeMethod, calibration_from
 from hetmoe.analog.devices import DEVICES, get_device
 from hetmoe.analog.programming import ProgrammedWeights, program
 from hetmoe.analog.read_noise import ReadNoise, make_read_noise
@@ -8,15 +8,18 @@ from hetmoe.analog.spec import AnalogSpec, analog_spec
 from hetmoe.checkpoint.load import load_model
 from hetmoe.checkpoint.save import save_model
 from hetmoe.errors import CheckpointWarning, InputError
-from hetmoe.evaluate.calibrate import calibrate
+from hetmoe.evaluate.calibrate import calibrate, collect_statistics
+from hetmoe.evaluate.calibration_file import load_calibration, save_calibration
 from hetmoe.models.config import ModelConfig
 from hetmoe.models.model import Model
 from hetmoe.models.params import Params
 from hetmoe.models.transformer import forward
 from hetmoe.ops.crossbar_matmul.api import crossbar_matmul
+from hetmoe.placement.budget import place_within
+from hetmoe.placement.module_scores import ModuleScores, module_parameters
 from hetmoe.placement.plan import Plan, all_analog, all_digital, experts_analog, place
 from hetmoe.placement.plan_file import load_plan, save_plan
-from hetmoe.placement.scores import RULES, score_experts
+from hetmoe.placement.scores import RULES, score_experts, score_modules
 
 __all__ = [
     "DEVICES",
@@ -27,6 +30,7 @@ __all__ = [
     "InputError",
     "Model",
     "ModelConfig",
+    "ModuleScores",
     "Params",
     "Plan",
     "ProgrammedWeights",
@@ -36,16 +40,23 @@ __all__ = [
     "all_digital",
     "analog_spec",
     "calibrate",
+    "calibration_from",
+    "collect_statistics",
     "crossbar_matmul",
     "experts_analog",
     "forward",
     "get_device",
+    "load_calibration",
     "load_model",
     "load_plan",
     "make_read_noise",
+    "module_parameters",
     "place",
+    "place_within",
     "program",
+    "save_calibration",
     "save_model",
     "save_plan",
     "score_experts",
+    "score_modules",
 ]

@@ -3,6 +3,9 @@
 import pathlib
 import re
 
+from hetmoe.sweep.config import read_config
+from hetmoe.sweep.points import expand
+
 
 def test_python_of_the_readme_runs() -> None:
     text = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -11,3 +14,13 @@ def test_python_of_the_readme_runs() -> None:
     exec("\n".join(blocks), names)
     assert len(blocks) == 2
     assert names["logits"].shape == (1, 9, 4096)
+
+
+def test_the_sweep_of_the_readme_is_understood(tmp_path: pathlib.Path) -> None:
+    text = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    path = tmp_path / "rules.toml"
+    path.write_text(block)
+    assert {p.placement for p in expand(read_config(path))} == {
+        "all_digital", "experts_analog", "all_analog", "max_neuron_norm", "noise_sensitivity", "random",
+    }  # fmt: skip
