@@ -108,9 +108,10 @@ def score_experts(
     if rule not in RULES:
         raise InputError(f"unknown rule {rule!r}: use one of {', '.join(RULES)}")
     if rule in DEVICE_RULES:
-        return score_modules(
+        found = score_modules(
             model, rule, key=key, tokens=tokens, spec=spec, calibration=calibration, seeds=seeds, dense=False
-        ).experts
+        )
+        return jnp.asarray(found.experts, jnp.float32)
     moe = model.params.layers.moe
     if rule == "max_neuron_norm":
         return max_neuron_norm(moe, down_axis)

@@ -1,5 +1,6 @@
 """Tokenised text: bytes, whole words, windows, and how they are shared out."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from hetmoe.errors import InputError
 from hetmoe.evaluate.text import (
     Document,
     Windows,
+    apart,
     cut,
     heldout_files,
     load_windows,
@@ -130,3 +132,32 @@ def test_a_model_without_tokenizer_cannot_read_text() -> None:
     model: Model = load_model("reference").replace(tokenizer=None)  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(InputError, match=r"no tokenizer\.json"):
         load_windows(model, heldout_files(), 256)
+
+
+def numbered_sources(counts: list[int]) -> list[Windows]:
+    """Sources whose windows carry their own number."""
+    first = np.cumsum([0, *counts])
+    return [
+        Windows(
+            tokens=np.repeat(np.arange(a, b, dtype=np.int32)[:, None], 5, axis=1),
+            byte_count=np.ones((b - a, 4), int),
+            whole_word=np.zeros((b - a, 4), bool),
+        )
+        for a, b in itertools.pairwise(first)
+    ]
+
+
+@pytest.mark.parametrize("counts", [[95, 150, 135], [3, 100], [90]])
+def test_windows_apart_are_used_for_neither_evaluation_nor_calibration(counts: list[int]) -> None:
+    sources = numbered_sources(counts)
+    chosen, aside = split_windows(sources, 64, 16)
+    rest = apart(sources, 64, 16, 10)
+    assert rest is not None and len(rest) == min(10, sum(counts) - 80)
+    used = set(chosen.tokens[:, 0].tolist()) | set(aside.tokens[:, 0].tolist())
+    assert len(used) == 80 and not used & set(rest.tokens[:, 0].tolist())
+    assert len(set(rest.tokens[:, 0].tolist())) == len(rest)
+
+
+def test_nothing_is_apart_of_a_short_text() -> None:
+    assert apart(numbered_sources([80]), 64, 16, 5) is None
+    assert apart(numbered_sources([10, 20]), 64, 16, 5) is None
