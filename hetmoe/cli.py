@@ -251,7 +251,10 @@ def sweep(
         Path | None, typer.Option("--output", "-o", help="Directory of the results; default: CONFIG without suffix.")
     ] = None,
     extend: Annotated[bool, typer.Option(help="Add points: the axes of [grid] have only grown.")] = False,
-    status: Annotated[bool, typer.Option(help="Count finished, claimed and open points, and stop.")] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Evaluate points again that gave no number.")
+    ] = False,
+    status: Annotated[bool, typer.Option(help="Count finished, failed, claimed and open points, and stop.")] = False,
 ) -> None:
     """Evaluate a grid of placements, devices, noise scales, times, bits and seeds into DIR/sweep.sqlite.
 
@@ -259,7 +262,7 @@ def sweep(
     """
     from hetmoe.commands.sweep import run
 
-    run(config, output, extend=extend, status=status)
+    run(config, output, extend=extend, retry_failed=retry_failed, status=status)
 
 
 @app.command(epilog="Example: hetmoe report rules -o rules-report")

@@ -9,6 +9,8 @@ from rich.table import Table
 from hetmoe.evaluate.noise_sweep import Point
 from hetmoe.evaluate.statistics import Interval, paired_difference
 
+_ABSENT = "-"  # a point that failed
+
 
 def metric_tables(
     title: str, metric: str, factor: float, digital: Point | None, points: list[Point], console: Console
@@ -72,7 +74,7 @@ def _tables(
 ) -> list[Table]:
     """Rows by name, a column per noise scale; `top` is a row of one value for all scales."""
     names, scales = list(dict.fromkeys(n for n, _ in cells)), list(dict.fromkeys(s for _, s in cells))
-    widths = {s: max(len(f"c = {s:g}"), *(len(cells[n, s]) for n in names)) + 3 for s in scales}
+    widths = {s: max(len(f"c = {s:g}"), *(len(cells.get((n, s), _ABSENT)) for n in names)) + 3 for s in scales}
     room = console.width - max(len(n) for n in names) - 4
     parts: list[list[float]] = []
     for scale in scales:
@@ -90,6 +92,6 @@ def _tables(
         if top is not None:
             table.add_row(top[0], *[top[1]] * len(part))
         for name in names:
-            table.add_row(name, *(cells[name, scale] for scale in part))
+            table.add_row(name, *(cells.get((name, scale), _ABSENT) for scale in part))
         tables.append(table)
     return tables

@@ -29,7 +29,7 @@ from hetmoe.evaluate.rules import Scorer, scoring_scale
 from hetmoe.evaluate.tasks.names import Metrics
 from hetmoe.evaluate.tasks.run import Analog, chips_to_run, run_tasks
 from hetmoe.evaluate.tasks.store import Store
-from hetmoe.evaluate.tasks.summary import Line, summarise
+from hetmoe.evaluate.tasks.summary import Line, summarise, ties_note
 from hetmoe.evaluate.text import Windows, load_windows, split_windows
 from hetmoe.files import check_writable
 from hetmoe.models.model import Model, model_fingerprint
@@ -149,6 +149,8 @@ def run(request: TasksRequest) -> None:
         "Averages weigh every task alike; mmlu is one task, the mean over all its questions. The paper's average is "
         "that of acc. Their ± noise is over the averages of each seed."
     )
+    if ties := ties_note(results):
+        console.print(ties)
     if request.json_file is not None:
         write_json(request.json_file, _record(store, tasks, results, lines, averages))
         console.print(f"results: {request.json_file}")

@@ -73,7 +73,8 @@ _FROM_ROUTING: dict[str, Callable[[Routing], Array]] = {
     "activation_weight": activation_weight,
 }
 RANDOM = "random"  # drawn anew for every noise seed where seeds are compared
-DEVICE_RULES = ("noise_sensitivity", "measured")  # depend on the analog hardware
+MEASURED = "measured"  # what other rules stand in for
+DEVICE_RULES = ("noise_sensitivity", MEASURED)  # depend on the analog hardware
 RULES = ("max_neuron_norm", "activation_frequency", "activation_weight", "router_norm", RANDOM, *DEVICE_RULES)
 
 

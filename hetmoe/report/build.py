@@ -38,7 +38,7 @@ def _build(record: SweepRecord) -> dict[str, bytes]:
     maps = {rule: checked_map(rule, scores) for rule, scores in record.scores.items()}
     if record.frequencies is not None and "activation_frequency" not in maps:
         maps["activation frequency"] = checked_map("activation frequency", record.frequencies)
-    files = tables.csv_files(groups, maps)
+    files = tables.csv_files(groups, maps, record.failures)
     sections = [
         Section(anchor="model", title="Model and text", level=2, facts=facts.model_facts(record)),
         Section(
@@ -49,6 +49,12 @@ def _build(record: SweepRecord) -> dict[str, bytes]:
             facts=facts.sweep_facts(record),
         ),
     ]
+    if record.failures:
+        sections.append(
+            Section(
+                anchor="failed", title="Failed points", level=2, facts=facts.failure_facts(record), files=["failed.csv"]
+            )
+        )  # fmt: skip
     pareto = [tables.fronts(groups, condition) for condition in groups.conditions]
     for anchor, title, drawn, absent in (
         ("noise", "Quality against noise scale", noise_figures(groups), "no condition has results at two noise scales"),
@@ -76,7 +82,7 @@ def _build(record: SweepRecord) -> dict[str, bytes]:
     page = render_page(
         f"hetmoe sweep: {record.model.get('name')}",
         status,
-        finished=len(record.results) >= record.points,
+        finished=len(record.results) >= record.points,  # and so without failures
         sections=sections,
     )
     return {**files, PAGE: page.encode()}

@@ -19,16 +19,20 @@ _SIZES = (
 _TIMES = "_utc"  # of names that end so, the range is of interest
 _OF_A_POINT = ("seconds", "evaluated_together")  # how long a call took says nothing about the sweep
 _MOST_VALUES = 5
+_MOST_FAILURES = 20
 
 
 def progress(record: SweepRecord) -> str:
     """How much of the grid is done."""
-    done = len(record.results)
+    done = len(record.results) + len(record.failures)
+    failed = ""
+    if record.failures:
+        failed = f"; {len(record.failures):,} points failed: they are in no mean, and are listed below"
     if done >= record.points:
-        return f"complete: all {record.points:,} points of the grid are done"
+        return f"complete: all {record.points:,} points of the grid are done{failed}"
     return (
         f"unfinished: {done:,} of {record.points:,} points of the grid are done; means and intervals are over the "
-        "seeds done so far, and placements that are not done are absent"
+        f"seeds done so far, and placements that are not done are absent{failed}"
     )
 
 
@@ -46,6 +50,15 @@ def model_facts(record: SweepRecord) -> Facts:
 def sweep_facts(record: SweepRecord) -> Facts:
     """The configuration, flattened."""
     return list(_flatten(record.config))
+
+
+def failure_facts(record: SweepRecord) -> Facts:
+    """Which points failed, and why."""
+    facts = [
+        (f"{f.point.describe()}, c = {f.point.noise_scale:g}", f.error) for f in record.failures[:_MOST_FAILURES]
+    ]  # fmt: skip
+    more = len(record.failures) - len(facts)
+    return [*facts, (f"and {more:,} more", "see failed.csv")] if more else facts
 
 
 def provenance_facts(record: SweepRecord) -> Facts:

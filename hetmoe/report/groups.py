@@ -180,6 +180,11 @@ def group(record: SweepRecord) -> Groups:
     Raises:
         InputError: for a store without results, with a result that is not a finite number, or one of no parameters.
     """
+    if not record.results and record.failures:
+        raise InputError(
+            f"no point of the sweep gave a number ({len(record.failures)} of {record.points} failed): "
+            f"{record.failures[0].error}"
+        )
     if not record.results:
         raise InputError(f"the sweep has no finished point yet (0 of {record.points}); run `hetmoe sweep` first")
     cells: dict[tuple[Condition, float, Line], dict[int, SweepResult]] = {}

@@ -6,8 +6,11 @@ from typing import Any
 
 from hetmoe.report.groups import Line
 
-# Okabe and Ito's colour-blind safe palette, without its yellow: too pale for lines on white.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#56B4E9", "#CC79A7", "#D55E00", "#000000")
+# Okabe and Ito's colour-blind safe palette without its yellow, too pale for lines on white; then a violet and a brown
+# that are as far from these, whatever the colour vision, as these are from each other.
+COLOURS = (
+    "#0072B2", "#E69F00", "#009E73", "#56B4E9", "#CC79A7", "#D55E00", "#000000", "#6622EE", "#662200",
+)  # fmt: skip
 DIGITAL_COLOUR = "#595959"  # the reference line; no nearer to any of COLOURS than they are to each other
 SEQUENTIAL = "cividis"
 CHOSEN_MARKERS = ("o", "s", "^", "D", "v", "P")  # experts of a score map that stay digital, by fraction
@@ -21,8 +24,10 @@ _KNOWN = {
     "activation_frequency": ("#009E73", "^"),
     "activation_weight": ("#56B4E9", "P"),
     "random": ("#CC79A7", "v"),
+    "noise_sensitivity": ("#6622EE", "<"),
+    "measured": ("#662200", "p"),
 }
-_OTHER_MARKERS = ("<", ">", "p", "*", "h", "d", "8")
+_OTHER_MARKERS = (">", "*", "h", "d", "8", "+", "x")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (6, 1, 1, 1, 1, 1)))
 
 

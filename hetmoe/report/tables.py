@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from hetmoe.evaluate.statistics import spearman
+from hetmoe.placement.scores import MEASURED
 from hetmoe.report.groups import (
     BASELINES,
     REFERENCE,
@@ -22,6 +23,8 @@ from hetmoe.report.groups import (
     percent,
 )  # fmt: skip
 from hetmoe.report.pareto import best_trade_offs, pareto_metrics, trade_offs
+from hetmoe.sweep.points import scored_rule
+from hetmoe.sweep.store import Failure
 
 _ABSENT = "-"
 _POINT_COLUMNS = ("device", "time_s", "bits", "noise_scale", "placement", "fraction")
@@ -127,7 +130,7 @@ def correlations(maps: dict[str, np.ndarray]) -> Table | None:
     )
 
 
-def csv_files(groups: Groups, maps: dict[str, np.ndarray]) -> dict[str, bytes]:
+def csv_files(groups: Groups, maps: dict[str, np.ndarray], failures: Sequence[Failure]) -> dict[str, bytes]:
     """Every table for all conditions, in full precision, with one value per column."""
     files = {
         "means.csv": _csv([*_POINT_COLUMNS, "metric", *_ESTIMATE_COLUMNS], _mean_rows(groups)),
@@ -138,6 +141,8 @@ def csv_files(groups: Groups, maps: dict[str, np.ndarray]) -> dict[str, bytes]:
             [*_POINT_COLUMNS, "metric", "digital_share", "on_front", *_ESTIMATE_COLUMNS], _pareto_rows(groups)
         ),
     }  # fmt: skip
+    if failures:
+        files["failed.csv"] = _csv([*_POINT_COLUMNS, "seed_index", "error"], map(_failure_row, failures))
     if len(maps) > 1:
         rows = [
             [a, b, layer, "" if r is None else r]
@@ -190,9 +195,11 @@ def _difference(
 def _correlations(
     maps: dict[str, np.ndarray],
 ) -> list[tuple[str, str, float | None, list[float | None]]]:
+    """Of all pairs; those with what was measured come first, since other rules stand in for it."""
+    ordered = sorted(maps.items(), key=lambda item: scored_rule(item[0]) != MEASURED)
     return [
         (a, b, _rank(x.ravel(), y.ravel()), [_rank(*rows) for rows in zip(x, y, strict=True)])
-        for (a, x), (b, y) in itertools.combinations(maps.items(), 2)
+        for (a, x), (b, y) in itertools.combinations(ordered, 2)
     ]
 
 
@@ -221,6 +228,13 @@ def _numbers(estimate: Estimate) -> list[Any]:
     if interval is None:
         return [estimate.mean, "", "", "", estimate.count]
     return [estimate.mean, interval.standard_error, interval.low, interval.high, estimate.count]
+
+
+def _failure_row(failure: Failure) -> list[Any]:
+    point = failure.point
+    condition = Condition(device=point.device, time_s=point.time_s, bits=point.bits)
+    line = Line(placement=point.placement, fraction=point.fraction)
+    return [*_point(condition, point.noise_scale, line), point.seed_index, failure.error]
 
 
 def _mean_rows(groups: Groups) -> Iterable[list[Any]]:

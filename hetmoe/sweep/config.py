@@ -14,7 +14,7 @@ from hetmoe.errors import InputError
 from hetmoe.evaluate.prepare import DEFAULT_TOKENS
 from hetmoe.evaluate.rules import scoring_scale
 from hetmoe.placement.plan import digital_count
-from hetmoe.placement.scores import RULES, check_down_axis
+from hetmoe.placement.scores import DEVICE_RULES, RULES, check_down_axis
 from hetmoe.sweep.toml_table import TomlTable
 
 PROGRAMMED = "programmed"  # the time of a reading with programming noise only
@@ -37,7 +37,7 @@ class GridConfig:
     """Table `[grid]`, named as there; a time is None for "programmed".
 
     `scoring_scale` is the noise scale that device-dependent rules are scored at; their scores also have the first of
-    `bits`.
+    `bits`. Without such rules nothing depends on it.
     """
 
     placements: tuple[str, ...]
@@ -101,6 +101,8 @@ class SweepConfig:
         del content["source"]
         content["text"]["tokens"] = DEFAULT_TOKENS if self.text.tokens is None else self.text.tokens
         content["grid"]["times"] = [PROGRAMMED if time is None else time for time in self.grid.times]
+        if not set(self.grid.rules) & set(DEVICE_RULES):  # else larger noise scales could not be added
+            content["grid"]["scoring_scale"] = None
         for table in ("text", "grid"):
             content[table] = {k: list(v) if isinstance(v, tuple) else v for k, v in content[table].items()}
         return content
@@ -147,13 +149,12 @@ def _text(table: TomlTable) -> TextConfig:
 
 
 def _grid(table: TomlTable) -> GridConfig:
-    scales = tuple(table.numbers("noise_scales"))
     config = GridConfig(
         placements=tuple(table.texts("placements", PLACEMENTS, of=PLACEMENTS)),
         rules=tuple(table.texts("rules", (), of=RULES)),
         fractions=tuple(table.numbers("fractions", ())),
         devices=tuple(table.texts("devices", of=DEVICES)),
-        noise_scales=scales,
+        noise_scales=(scales := tuple(table.numbers("noise_scales"))),
         times=tuple(
             None if time == PROGRAMMED else time for time in table.numbers("times", (PROGRAMMED,), or_text=PROGRAMMED)
         ),

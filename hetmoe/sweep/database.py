@@ -1,7 +1,8 @@
 """The SQLite file of a sweep: its tables, its version, and one line for whatever SQLite objects to.
 
-`finished` has a row per finished point and is only ever added to. `claims` is likewise a log: a claim counts while the
-process of its worker lives and its point is not finished. The view `results` joins all there is to know of a result.
+`finished` has a row per finished point, with either its numbers or why it has none (`error`). Rows are only ever added,
+but for failed ones that are to be tried again. `claims` is likewise a log: a claim counts while the process of its
+worker lives and its point is not finished. The view `results` joins all there is to know of a row.
 """
 
 import contextlib
@@ -30,11 +31,14 @@ _TABLES = (
     """CREATE TABLE finished (
         point_id TEXT PRIMARY KEY, placement TEXT NOT NULL, fraction REAL, device TEXT NOT NULL,
         noise_scale REAL NOT NULL, time_s REAL, bits INTEGER NOT NULL, seed_index INTEGER NOT NULL,
-        nll REAL NOT NULL, correct REAL NOT NULL, tokens INTEGER NOT NULL, bytes INTEGER NOT NULL,
-        questions INTEGER NOT NULL, perplexity REAL NOT NULL, bits_per_byte REAL NOT NULL, accuracy REAL,
-        digital_parameters INTEGER NOT NULL, crossbar_parameters INTEGER NOT NULL,
+        nll REAL, correct REAL, tokens INTEGER, bytes INTEGER, questions INTEGER, perplexity REAL, bits_per_byte REAL,
+        accuracy REAL, digital_parameters INTEGER, crossbar_parameters INTEGER, error TEXT,
         worker TEXT NOT NULL REFERENCES runs, started_utc TEXT NOT NULL, ended_utc TEXT NOT NULL,
-        seconds REAL NOT NULL, evaluated_together INTEGER NOT NULL, key_words TEXT NOT NULL)""",
+        seconds REAL NOT NULL, evaluated_together INTEGER NOT NULL, key_words TEXT NOT NULL,
+        CHECK (CASE WHEN error IS NULL THEN nll + correct + tokens + bytes + questions + perplexity + bits_per_byte
+            + digital_parameters + crossbar_parameters IS NOT NULL
+        ELSE coalesce(nll, correct, tokens, bytes, questions, perplexity, bits_per_byte, accuracy,
+            digital_parameters, crossbar_parameters) IS NULL END))""",
     """CREATE VIEW results AS SELECT finished.*, run_started_utc, command, git_revision, code_digest, versions,
         platform, machine, device_platform, device_kind, device_count,
         (SELECT json_extract(value, '$.name') FROM meta WHERE key = 'model') AS model,
@@ -55,10 +59,13 @@ def one_line(path: Path) -> Generator[None]:
             f"{path}: {error}; all finished points are kept: mend this, then run the same command again"
         ) from None
     except sqlite3.IntegrityError as error:
-        raise InputError(
-            f"{path}: {error}: another process evaluated the same point; leave the folder 'workers' beside it "
-            "alone while a sweep runs"
-        ) from None
+        hint = ""
+        if error.sqlite_errorcode == sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY:
+            hint = (
+                ": another process evaluated the same point; leave the folder 'workers' beside it alone while a sweep "
+                "runs"
+            )
+        raise InputError(f"{path}: {error}{hint}") from None
     except sqlite3.DatabaseError as error:
         raise InputError(f"{path}: is damaged or no store of a sweep ({error}); choose another directory") from None
 

@@ -7,6 +7,7 @@ from typing import Any
 from hetmoe.errors import InputError
 
 _GRID = "config.grid."
+_SCORING_SCALE = f"{_GRID}scoring_scale"
 _ABSENT = "(nothing)"
 
 
@@ -38,6 +39,8 @@ def check_identity(directory: Path, stored: dict[str, Any], given: dict[str, Any
     fix = "choose another directory with -o"
     if len(grown) == len(found):
         fix += ", or give --extend to add the new points"
+    elif all(_has_grown(*d) or _could_grow(*d) for d in found):
+        fix += ", or put new values of an axis behind those that were there, keep scoring_scale, and give --extend"
     raise InputError(f"{directory}: holds results of other settings ({shown}{more}): {fix}")
 
 
@@ -56,8 +59,18 @@ def _has_grown(name: str, old: Any, new: Any) -> bool:
     """Whether an axis of the grid kept all its values. Another base seed is another meaning of every row."""
     if name == f"{_GRID}seeds":
         return new >= old
+    if name == _SCORING_SCALE:
+        return old is None  # no rule depended on it
     # At the end: scores of device-dependent rules are made with the first of `bits`.
     return name.startswith(_GRID) and isinstance(old, list) and new[: len(old)] == old
+
+
+def _could_grow(name: str, old: Any, new: Any) -> bool:
+    """Whether other words in CONFIG would make it a larger grid."""
+    if name == _SCORING_SCALE:
+        return new is not None
+    both = isinstance(old, list) and isinstance(new, list)
+    return name.startswith(_GRID) and both and all(value in new for value in old)
 
 
 def _check_keys(directory: Path, grown: list[tuple[str, Any, Any]], stored: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from hetmoe.sweep.database import (
 from hetmoe.sweep.identity import check_identity, plain
 from hetmoe.sweep.lock import opening_lock, worker_lock
 from hetmoe.sweep.points import SweepPoint, point_id
-from hetmoe.sweep.store import MEASURED, POINT, Measurement, claimed_points, finished_points
+from hetmoe.sweep.store import MEASURED, POINT, Failure, Measurement, claimed_points, finished_points
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,22 +71,22 @@ class Ledger:
                     return list(left.values())
         return []
 
-    def write(self, measurements: Sequence[Measurement], timing: Timing) -> None:
-        """Writes the results of a group, all or none.
+    def write(self, outcomes: Sequence[Measurement | Failure], timing: Timing) -> None:
+        """Writes what the evaluation of a group gave, all or nothing.
 
         Raises:
             InputError: if the store cannot be written, or a point is finished already.
         """
-        columns = ("point_id", *POINT, *MEASURED, "worker", "evaluated_together", *dataclasses.asdict(timing))
+        columns = ("point_id", *POINT, *MEASURED, "error", "worker", "evaluated_together", *dataclasses.asdict(timing))
         common = dataclasses.asdict(timing) | {"key_words": json.dumps(timing.key_words)}
         rows = [
             (
-                point_id(m.point),
-                *(getattr(m.point, name) for name in POINT),
-                *(getattr(m, name) for name in MEASURED),
-                self._worker, len(measurements), *common.values(),
+                point_id(outcome.point),
+                *(getattr(outcome.point, name) for name in POINT),
+                *(getattr(outcome, name, None) for name in (*MEASURED, "error")),
+                self._worker, len(outcomes), *common.values(),
             )
-            for m in measurements
+            for outcome in outcomes
         ]  # fmt: skip
         marks = ", ".join("?" * len(columns))
         with self._writing() as connection:
@@ -103,8 +103,20 @@ class Ledger:
             connection.executemany("INSERT OR IGNORE INTO scores VALUES (?, ?)", rows)
             write_meta(connection, "frequencies", frequencies)
 
+    def retry_failed(self) -> None:
+        """Forgets that points failed. Their claims go too: their workers may still run, and would seem to be at work.
+
+        Raises:
+            InputError: if the store cannot be written.
+        """
+        with self._writing() as connection:
+            connection.execute(
+                "DELETE FROM claims WHERE point_id IN (SELECT point_id FROM finished WHERE error IS NOT NULL)"
+            )
+            connection.execute("DELETE FROM finished WHERE error IS NOT NULL")
+
     def finished_count(self) -> int:
-        """How many of its points are finished, by any worker.
+        """How many of its points are finished, by any worker, failed ones included.
 
         Raises:
             InputError: if the store cannot be read.

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from hetmoe.errors import InputError
 from hetmoe.evaluate.noise_sweep import is_quiet
-from hetmoe.placement.scores import RANDOM
+from hetmoe.placement.scores import DEVICE_RULES, RANDOM
 from hetmoe.sweep.config import SweepConfig
 
 ALL_DIGITAL, ALL_ANALOG = "all_digital", "all_analog"
@@ -43,6 +43,16 @@ def point_id(point: SweepPoint) -> str:
     """Identity of a point: a hash of its canonical JSON."""
     content = json.dumps(dataclasses.asdict(point), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+def score_name(rule: str, device: str) -> str:
+    """Which scores place a point: those of its rule, for its device where that matters."""
+    return f"{rule} ({device})" if rule in DEVICE_RULES else rule
+
+
+def scored_rule(name: str) -> str:
+    """The rule of a `score_name`."""
+    return next((rule for rule in DEVICE_RULES if name.startswith(f"{rule} (")), name)
 
 
 def expand(config: SweepConfig) -> list[SweepPoint]:

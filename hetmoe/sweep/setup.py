@@ -17,9 +17,10 @@ from hetmoe.evaluate.prepare import EvalText, noise_keys, placement_keys, prepar
 from hetmoe.evaluate.rules import Scorer
 from hetmoe.evaluate.text import heldout_files, read_text
 from hetmoe.models.model import Model, model_fingerprint
-from hetmoe.placement.scores import DEVICE_RULES, RANDOM, score_experts
+from hetmoe.placement.scores import RANDOM, score_experts
 from hetmoe.sweep.code_digest import code_record
 from hetmoe.sweep.config import SweepConfig
+from hetmoe.sweep.points import score_name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,11 +125,6 @@ def _scores(config: SweepConfig, scorer: Scorer) -> dict[str, np.ndarray]:
                 spec = config.spec(device, grid.scoring_scale, None, grid.bits[0])
                 found[name] = scorer.scores(rule, spec)
     return found
-
-
-def score_name(rule: str, device: str) -> str:
-    """Which scores place a point: those of its rule, for its device where that matters."""
-    return f"{rule} ({device})" if rule in DEVICE_RULES else rule
 
 
 def activation_frequencies(setup: Setup) -> np.ndarray | None:

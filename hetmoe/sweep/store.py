@@ -33,6 +33,14 @@ class Measurement:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A point whose evaluation gave no number."""
+
+    point: SweepPoint
+    error: str  # one line
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SweepResult(Measurement):
     """One finished point."""
 
@@ -46,10 +54,11 @@ class SweepRecord:
     config: dict[str, Any]  # the parsed CONFIG with defaults filled in
     model: dict[str, Any]  # name, fingerprint, config
     code: dict[str, Any]  # package version, digest of the package's source, jax version
-    scores: dict[str, Any]  # per rule that does not depend on the device: [layers][experts] floats
+    scores: dict[str, Any]  # by `score_name`: [layers][experts] floats
     frequencies: Any  # activation frequency [layers][experts] on the calibration windows, or None
     points: int  # how many points the grid has
     results: list[SweepResult]
+    failures: list[Failure]
 
 
 MEASURED = tuple(f.name for f in dataclasses.fields(Measurement) if f.name != "point")
@@ -86,7 +95,8 @@ def read_sweep(directory: Path) -> SweepRecord:
         scores={row["rule"]: json.loads(row["scores"]) for row in scores},
         frequencies=meta.get("frequencies"),
         points=meta["points"],
-        results=[_result(row) for row in rows],
+        results=[_result(row) for row in rows if row["error"] is None],
+        failures=[Failure(point=_point(row), error=row["error"]) for row in rows if row["error"] is not None],
     )
 
 
@@ -95,13 +105,14 @@ class SweepStatus:
     """Counts of points."""
 
     points: int
-    finished: int
+    finished: int  # with a result
+    failed: int
     claimed: int  # by processes that run
 
     @property
     def open(self) -> int:
         """Points that nobody works on."""
-        return self.points - self.finished - self.claimed
+        return self.points - self.finished - self.failed - self.claimed
 
 
 def read_status(
@@ -123,20 +134,26 @@ def read_status(
     path = directory / FILE
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory}: is a file; name a directory with -o")
-    finished: set[str] = set()
-    claimed: set[str] = set()
+    finished, failed, claimed = set[str](), set[str](), set[str]()
     if path.exists():
         with one_line(path), contextlib.closing(connect_to_read(path)) as connection:
             if not is_empty(connection):
                 check_identity(directory, read_meta(connection, path), identity, extend=extend)
-                finished, claimed = finished_points(connection), claimed_points(connection, directory)
+                failed, claimed = _failed_points(connection), claimed_points(connection, directory)
+                finished = finished_points(connection) - failed
     ids = {point_id(point) for point in points}
-    return SweepStatus(points=len(ids), finished=len(ids & finished), claimed=len(ids & claimed))
+    return SweepStatus(
+        points=len(ids), finished=len(ids & finished), failed=len(ids & failed), claimed=len(ids & claimed)
+    )
 
 
 def finished_points(connection: sqlite3.Connection) -> set[str]:
-    """Points with a result."""
+    """Points with a result, or that failed."""
     return {row["point_id"] for row in connection.execute("SELECT point_id FROM finished")}
+
+
+def _failed_points(connection: sqlite3.Connection) -> set[str]:
+    return {row["point_id"] for row in connection.execute("SELECT point_id FROM finished WHERE error IS NOT NULL")}
 
 
 def claimed_points(connection: sqlite3.Connection, directory: Path) -> set[str]:
@@ -148,10 +165,14 @@ def claimed_points(connection: sqlite3.Connection, directory: Path) -> set[str]:
     return {row["point_id"] for row in rows if row["worker"] in living}
 
 
+def _point(row: sqlite3.Row) -> SweepPoint:
+    return SweepPoint(**{name: row[name] for name in POINT})
+
+
 def _result(row: sqlite3.Row) -> SweepResult:
     provenance = {name: json.loads(row[name]) if name in _JSON else row[name] for name in _PROVENANCE}
     return SweepResult(
-        point=SweepPoint(**{name: row[name] for name in POINT}),
+        point=_point(row),
         **{name: row[name] for name in MEASURED},
         provenance=provenance,
     )

@@ -7,15 +7,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from hetmoe.evaluate.noise_sweep import Point, make_point
+from hetmoe.errors import InputError
+from hetmoe.evaluate.noise_sweep import make_point
 from hetmoe.evaluate.run import Totals, evaluate_digital, evaluate_seeds
 from hetmoe.placement.parameters import digital_parameters
 from hetmoe.placement.plan import Plan, all_analog, all_digital, experts_analog, place, stack_plans
 from hetmoe.placement.scores import RANDOM, score_experts
 from hetmoe.sweep.ledger import Ledger, Timing, now_utc
-from hetmoe.sweep.points import ALL_DIGITAL, SweepPoint
-from hetmoe.sweep.setup import Setup, score_name
-from hetmoe.sweep.store import Measurement
+from hetmoe.sweep.points import ALL_DIGITAL, SweepPoint, score_name
+from hetmoe.sweep.setup import Setup
+from hetmoe.sweep.store import Failure, Measurement
 
 _PLACEMENTS = {"all_digital": all_digital, "experts_analog": experts_analog, "all_analog": all_analog}
 SECONDS_BETWEEN_LOOKS = 1.0  # for points that others have claimed
@@ -33,21 +34,21 @@ def work(
         pause: waits some seconds.
 
     Raises:
-        InputError: if the store cannot be written, or a log-likelihood is not a number.
+        InputError: if the store cannot be written.
     """
     while (finished := ledger.finished_count()) < ledger.total:
         progress(finished)
         points = ledger.claim()
         if points:
             started, clock = now_utc(), time.perf_counter()
-            measurements = evaluate_group(setup, points)
+            outcomes = evaluate_group(setup, points)
             timing = Timing(
                 started_utc=started,
                 ended_utc=now_utc(),
                 seconds=round(time.perf_counter() - clock, 4),
                 key_words=np.asarray(jax.random.key_data(setup.noise_keys[points[0].seed_index])).tolist(),
             )
-            ledger.write(measurements, timing)
+            ledger.write(outcomes, timing)
         else:
             pause(SECONDS_BETWEEN_LOOKS)
     progress(finished)
@@ -65,14 +66,11 @@ def make_plan(setup: Setup, point: SweepPoint) -> Plan:
     return place(scores, point.fraction)
 
 
-def evaluate_group(setup: Setup, points: Sequence[SweepPoint]) -> list[Measurement]:
+def evaluate_group(setup: Setup, points: Sequence[SweepPoint]) -> list[Measurement | Failure]:
     """Evaluates points that share one programming of the crossbars (`group_points`) in one compiled call.
 
     It compiles once for each device, time or none, bits, kind of plan and number of points; noise scale, seed and plans
-    are values.
-
-    Raises:
-        InputError: for a log-likelihood that is not a number.
+    are values. A point whose log-likelihood is not a number has failed.
     """
     plans = [make_plan(setup, point) for point in points]
     totals = _totals(setup, points[0], plans)
@@ -94,9 +92,12 @@ def _totals(setup: Setup, point: SweepPoint, plans: list[Plan]) -> Totals:
     return jax.tree.map(lambda sums: np.asarray(sums)[0], totals)
 
 
-def _measure(setup: Setup, point: SweepPoint, plan: Plan, totals: Totals) -> Measurement:
+def _measure(setup: Setup, point: SweepPoint, plan: Plan, totals: Totals) -> Measurement | Failure:
     size = setup.text.size
-    result: Point = make_point(point.describe(), point.noise_scale, totals, size, deterministic=True)
+    try:
+        result = make_point(point.describe(), point.noise_scale, totals, size, deterministic=True)
+    except InputError as error:
+        return Failure(point=point, error=str(error))
     digital, of = digital_parameters(plan, setup.model.config)
     return Measurement(
         point=point,

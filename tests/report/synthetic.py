@@ -87,4 +87,5 @@ def make_record(
         frequencies=random.dirichlet(np.full(experts, 2.0), layers).tolist(),
         points=len(results),
         results=results,
+        failures=[],
     )

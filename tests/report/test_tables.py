@@ -69,7 +69,7 @@ def test_differences(record) -> None:
 
 
 def test_every_number_is_in_the_csv_files(record, maps) -> None:
-    files = {name: read(content) for name, content in tables.csv_files(group(record), maps).items()}
+    files = {name: read(content) for name, content in tables.csv_files(group(record), maps, []).items()}
     assert set(files) == {"means.csv", "differences.csv", "pareto.csv", "spearman.csv"}
     assert len(files["means.csv"]) == 3 * (1 + 2 * 8)
     assert len(files["differences.csv"]) == 3 * 2 * (7 + 4)
@@ -96,7 +96,7 @@ def test_fronts_hold_what_nothing_beats(record) -> None:
     rows = [row for row in table.rows if row[:2] == ["c = 5", ACCURACY.label]]
     assert [row[2] for row in rows][:2] == ["all_analog", "experts_analog"] and rows[-1][2] == "all_digital"
     assert [row[3] for row in rows][:2] == ["0 %", "20 %"]
-    csv_rows = read(tables.csv_files(groups, {})["pareto.csv"])
+    csv_rows = read(tables.csv_files(groups, {}, [])["pareto.csv"])
     on_front = [r for r in csv_rows if r["on_front"] == "1" and r["noise_scale"] == "5.0" and r["metric"] == "accuracy"]
     assert len(on_front) == len(rows)
 

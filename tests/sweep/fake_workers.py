@@ -20,7 +20,7 @@ FACTS = {
     "device": {"platform": "cpu", "kind": "cpu", "count": 1},
 }  # fmt: skip
 IDENTITY = {
-    "config": {"grid": {"seeds": 25, "noise_scales": [0.5, 1.0], "seed": 0}, "model": "m"},
+    "config": {"grid": {"seeds": 25, "noise_scales": [0.5, 1.0], "seed": 0, "scoring_scale": None}, "model": "m"},
     "text": {"a.txt": "0"},
     "model": {"name": "m", "fingerprint": "f"},
     "code": {"version": "1", "source_digest": "d", "threefry_partitionable": True},

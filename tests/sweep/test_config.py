@@ -22,6 +22,7 @@ def test_defaults_are_filled_in(tmp_path: Path) -> None:
         "grid": {
             "placements": ["all_digital", "experts_analog", "all_analog"], "rules": [], "fractions": [],
             "devices": ["pcm"], "noise_scales": [0.0, 2.5], "times": ["programmed"], "bits": [8], "seeds": 8, "seed": 0,
+            "scoring_scale": None,
         },
         "hardware": {
             "input_range": "ema_std", "range_k": 12.0, "adc_bound": 3.0, "bound_axis": "tile", "tile_rows": 512,
@@ -30,6 +31,15 @@ def test_defaults_are_filled_in(tmp_path: Path) -> None:
     }  # fmt: skip
     path.write_text(path.read_text() + '[hardware]\ninput_range = "dynamic"\n')
     assert read_config(path).hardware.adc_bound == 12
+
+
+def test_the_scale_of_scoring_is_the_largest_unless_it_is_given(write_config: Write) -> None:
+    grid = {"rules": '["measured", "random"]', "noise_scales": "[0, 5, 2]"}
+    for changes, scale in (({}, 5.0), ({"noise_scales": "[0]"}, 1.0), ({"scoring_scale": "1.5"}, 1.5)):
+        config = read_config(write_config(**(grid | changes)))
+        assert config.grid.scoring_scale == scale == config.record()["grid"]["scoring_scale"]
+    config = read_config(write_config(scoring_scale="1.5"))
+    assert config.record()["grid"]["scoring_scale"] is None  # no rule is scored on hardware
 
 
 BAD = [
@@ -73,6 +83,9 @@ BAD = [
     ({"seeds": "true"}, "seeds = True must be a whole number"),
     ({"seeds": "4000000"}, "points; at most 1,000,000 are possible"),
     ({"seed": "4294967296"}, "at most 4294967295"),
+    ({"scoring_scale": "-2"}, "noise_scale=-2.0 must be"),
+    ({"scoring_scale": '"largest"'}, "[grid] scoring_scale = 'largest' must be a number"),
+    ({"noise_scales": "[]"}, "noise_scales is empty"),
 ]
 
 

@@ -2,12 +2,15 @@
 
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import os
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from hetmoe.sweep import ledger as ledger_module
 from hetmoe.sweep.database import FILE, SCHEMA
 from hetmoe.sweep.ledger import open_ledger
 from hetmoe.sweep.points import SweepPoint, point_id
-from hetmoe.sweep.store import read_status, read_sweep
+from hetmoe.sweep.store import Failure, read_status, read_sweep
 from tests.sweep import fake_workers
 from tests.sweep.fake_workers import FACTS, IDENTITY, TIMING, grid, measure, point
 
@@ -95,6 +98,44 @@ def test_a_claim_holds_as_long_as_its_worker(tmp_path: Path) -> None:
         assert one.finished_count() == 3
 
 
+def test_failed_points_are_kept_and_tried_again_when_asked(tmp_path: Path) -> None:
+    groups = grid()[:2]
+    flat = [p for group in groups for p in group]
+    bad, (first, second, third) = Failure(point=groups[0][1], error="not a number"), groups[0]
+    with open_ledger(tmp_path, IDENTITY, groups, extend=False) as one:
+        assert one.claim() == groups[0]
+        one.write([measure(first), bad, measure(third)], TIMING)
+        assert one.finished_count() == 3 and one.claim() == groups[1]  # not to be done again
+        one.write([measure(p) for p in groups[1]], TIMING)
+        status = read_status(tmp_path, IDENTITY, flat, extend=False)
+        assert (status.finished, status.failed, status.claimed, status.open) == (5, 1, 0, 0)
+        record = read_sweep(tmp_path)
+        assert record.failures == [bad] and second not in {r.point for r in record.results}
+        assert len(record.results) == 5
+        assert query(tmp_path, "SELECT nll, correct, tokens, accuracy, error FROM results WHERE error IS NOT NULL") == [
+            (None, None, None, None, "not a number")
+        ]
+        with open_ledger(tmp_path, IDENTITY, groups, extend=False) as other:
+            other.retry_failed()
+            status = read_status(tmp_path, IDENTITY, flat, extend=False)
+            assert (status.finished, status.failed, status.claimed, status.open) == (5, 0, 0, 1)
+            assert other.finished_count() == 5 and other.claim() == [second]  # though who failed still runs
+            other.write([measure(second)], TIMING)
+            other.retry_failed()  # what is there stays
+            assert other.finished_count() == 6
+    assert read_sweep(tmp_path).failures == []
+
+
+@pytest.mark.parametrize("name", ["nll", "correct", "perplexity", "tokens", "crossbar_parameters"])
+def test_half_a_result_is_never_stored(tmp_path: Path, name: str) -> None:
+    (points, *_), nothing = grid()[:1], {name: None}
+    with open_ledger(tmp_path, IDENTITY, [points], extend=False) as ledger:
+        good, half = measure(points[0]), dataclasses.replace(measure(points[1]), **nothing)
+        with pytest.raises(InputError, match="CHECK constraint"):
+            ledger.write([good, half], TIMING)
+        assert ledger.finished_count() == 0  # all of a group or nothing
+
+
 def test_settings_are_never_mixed(tmp_path: Path) -> None:
     fill(tmp_path, grid()[:1])
     for path, value, words in (
@@ -122,14 +163,25 @@ def test_settings_are_never_mixed(tmp_path: Path) -> None:
 def test_a_grid_that_grew_keeps_its_rows(tmp_path: Path) -> None:
     fill(tmp_path, grid()[:25])
     other: dict[str, Any] = copy.deepcopy(IDENTITY)
-    other["config"]["grid"] |= {"noise_scales": [2.0, 1.0, 0.5], "seeds": 26}
-    with pytest.raises(InputError, match="give --extend"):
+    other["config"]["grid"] |= {"noise_scales": [0.5, 1.0, 2.0], "seeds": 26, "scoring_scale": 2.0}
+    with pytest.raises(InputError, match="or give --extend"):
         fill(tmp_path, grid(), identity=other)
+    for axis in ([2.0, 0.5, 1.0], [1.0, 0.5], [1.0, 2.0, 0.5]):  # the first of an axis may have a meaning of its own
+        mixed: dict[str, Any] = copy.deepcopy(other)
+        mixed["config"]["grid"]["noise_scales"] = axis
+        for extend in (False, True):
+            with pytest.raises(InputError, match=r"noise_scales was .* put new values of an axis behind those"):
+                fill(tmp_path, grid(), identity=mixed, extend=extend)
     fill(tmp_path, grid(), 1, identity=other, extend=True)
     record = read_sweep(tmp_path)
     assert (record.points, len(record.results)) == (150, 78)
     assert record.config["grid"]["seeds"] == 26
     fill(tmp_path, grid(), 1, identity=other)  # now it is the store's own
+    for scale in (3.0, None):  # scores would be others
+        mixed = copy.deepcopy(other)
+        mixed["config"]["grid"] |= {"scoring_scale": scale, "noise_scales": [0.5, 1.0, 2.0, 3.0]}
+        with pytest.raises(InputError, match=r"scoring_scale was 2\.0"):
+            fill(tmp_path, grid(), identity=mixed, extend=True)
 
     other["code"]["threefry_partitionable"] = False
     fill(tmp_path / "old", grid()[:1], identity=other)
@@ -208,9 +260,16 @@ def unprivileged():
         os.seteuid(user)
 
 
-def test_directories_that_cannot_be_written(tmp_path: Path) -> None:
-    for parent in [tmp_path, *tmp_path.parents][:3]:  # pytest's folders are for their owner only
-        parent.chmod(0o755)
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A folder that others may enter, which pytest's are not."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def test_directories_that_cannot_be_written(public: Path) -> None:
+    tmp_path = public
     fill(tmp_path / "old", grid()[:1])
     (tmp_path / "new").mkdir()
     (tmp_path / "file").touch()

@@ -126,7 +126,7 @@ def test_other_settings_are_refused_and_more_points_are_added(
     code, _, err = run("sweep", write_config(**ONE))
     assert code == 0, err
     before = {r.point: r for r in read_sweep(tmp_path / "s").results}
-    grown = write_config(**(ONE | {"noise_scales": "[1, 2, 4]", "seeds": "3"}))
+    grown = write_config(**(ONE | {"noise_scales": "[2, 4, 8]", "seeds": "3"}))
     code, _, err = run("sweep", grown)
     assert code == 2 and "config.grid.seeds was 2, is 3" in err and "--extend" in err
     assert len(err.splitlines()) == 1

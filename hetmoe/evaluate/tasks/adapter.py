@@ -1,4 +1,9 @@
-"""hetmoe as a model of lm-eval. Importing this module needs lm-eval (the extra `eval`)."""
+"""hetmoe as a model of lm-eval. Importing this module needs lm-eval (the extra `eval`).
+
+Coarse ADCs make answers equally likely, and lm-eval then takes the first of the best (`argmax`): with choices in a
+fixed order, as mmlu's "A" to "D", ties favour "A". hetmoe's own next-word questions share the credit instead; here
+lm-eval's rule stays, so that numbers compare with published ones, and ties are counted (`harness.count_ties`).
+"""
 
 from collections.abc import Sequence
 from typing import Any

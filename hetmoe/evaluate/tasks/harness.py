@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -224,12 +224,34 @@ def _leaf_metrics(task: Any, scores: Sequence[Score]) -> Metrics:
         for metric in METRICS:
             if metric in result:
                 values[metric].append(float(result[metric]))
-    found: Metrics = {"questions": len(by_question)}
+    found: Metrics = {"questions": len(by_question), "ties": count_ties(task, by_question.values())}
     for metric, each in values.items():
         found[metric] = float(np.mean(each))
         count = len(each)
         found[f"{metric}_stderr"] = float(np.std(each, ddof=1) / math.sqrt(count)) if count > 1 else None
     return found
+
+
+def count_ties(task: Any, questions: Iterable[list[Any]]) -> int:
+    """Questions with several best answers by likelihood (`acc`), of which lm-eval takes the first.
+
+    Args:
+        task: of lm-eval.
+        questions: the scored instances of each.
+    """
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return 0
+    ties = 0
+    for instances in questions:
+        # For mutual information every choice is asked for a second time, behind an empty context.
+        asked = [i for i in instances if i.idx < len(instances) // (2 if _asks_twice(task) else 1)]
+        log_probs = [instance.resps[0][0] for instance in asked]
+        ties += log_probs.count(max(log_probs)) > 1
+    return ties
+
+
+def _asks_twice(task: Any) -> bool:
+    return "acc_mutual_info" in task.aggregation()
 
 
 def _group_metrics(group: Any, leaves: dict[str, Metrics]) -> Metrics:
@@ -245,7 +267,7 @@ def _group_metrics(group: Any, leaves: dict[str, Metrics]) -> Metrics:
                     f"{metric}_stderr,none": "N/A" if error is None else error,
                 }
     mean = group.aggregate(told)
-    result: Metrics = {"questions": sum(found["questions"] for found in leaves.values())}
+    result: Metrics = {name: sum(found[name] for found in leaves.values()) for name in ("questions", "ties")}
     for metric in METRICS:
         if f"{metric},none" in mean:
             error = mean[f"{metric}_stderr,none"]

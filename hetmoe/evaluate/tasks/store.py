@@ -11,7 +11,7 @@ from hetmoe.evaluate.tasks.names import Metrics
 from hetmoe.files import check_new_directory, check_writable, write_text
 from hetmoe.models.hf_fields import read_json
 
-FORMAT = "hetmoe-task-result-1"
+FORMAT = "hetmoe-task-result-2"
 
 
 def digest_of(value: Any) -> str:

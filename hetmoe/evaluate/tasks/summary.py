@@ -79,3 +79,17 @@ def _independent(errors: Sequence[float | None]) -> float | None:
     """Standard error of a mean of independent values: questions of different tasks are different draws."""
     known = [error for error in errors if error is not None]
     return math.sqrt(sum(e**2 for e in known)) / len(known) if known and len(known) == len(errors) else None
+
+
+def ties_note(results: dict[str, list[Metrics]]) -> str:
+    """How many questions had several best answers, for the tasks that have any; empty if none has.
+
+    Args:
+        results: as of `summarise`.
+    """
+    parts: list[str] = []
+    for task, (digital, *seeds) in results.items():
+        if any(metrics["ties"] for metrics in (digital, *seeds)):
+            mean = f", {np.mean([metrics['ties'] for metrics in seeds]):.4g} on chips" if seeds else ""
+            parts.append(f"{task} {digital['ties']} digital{mean} of {digital['questions']:,}")
+    return f"Questions with tied best answers, of which lm-eval takes the first: {'; '.join(parts)}." if parts else ""
