@@ -83,8 +83,9 @@ def _print_summary(directory: Path, console: Console) -> None:
             console.print(table)
     console.print(f"mean ± standard error over seeds; results: {directory}")
     if record.failures:
+        first = record.failures[0]
         console.print(
             f"{len(record.failures)} points failed and are in no mean; --retry-failed evaluates them again. The first: "
-            f"{record.failures[0].error}",
+            f"{first.point.describe()}: {first.error}",
             markup=False,
         )

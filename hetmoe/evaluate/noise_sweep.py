@@ -68,15 +68,23 @@ def random_placement(name: str, model: Model, fraction: float, keys: jax.Array) 
     return Placement(name=name, plans=plans)
 
 
+def not_a_number(nll: Any) -> str | None:
+    """Why log-likelihoods are no results, or None if all are finite."""
+    values = np.atleast_1d(np.asarray(nll, np.float64))
+    if np.isfinite(values).all():
+        return None
+    return (
+        f"the log-likelihood of the text is {values[~np.isfinite(values)][0]}; weights or activations are NaN or "
+        "overflow, in 16 bits perhaps for lack of range"
+    )
+
+
 def make_point(name: str, scale: float, totals: Totals, size: TextSize, *, deterministic: bool) -> Point:
     """A placement at one noise scale, from totals of all seeds or of one. Raises InputError for NaN and infinity."""
     nll = np.atleast_1d(np.asarray(totals.nll, np.float64))
     correct = np.atleast_1d(np.asarray(totals.correct, np.float64))
-    if not np.isfinite(nll).all():
-        raise InputError(
-            f"{name!r} at noise scale {scale:g}: the log-likelihood of the text is {nll[~np.isfinite(nll)][0]}; "
-            "weights or activations are NaN or overflow, in 16 bits perhaps for lack of range"
-        )
+    if (reason := not_a_number(nll)) is not None:
+        raise InputError(f"{name!r} at noise scale {scale:g}: {reason}")
     return Point(
         placement=name,
         noise_scale=scale,

@@ -1,9 +1,11 @@
 """The head of a report: model, grid, progress, seeds, and where the numbers come from."""
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hetmoe.sweep.points import SweepPoint
 from hetmoe.sweep.store import SweepRecord
 
 Facts = list[tuple[str, str]]
@@ -53,12 +55,17 @@ def sweep_facts(record: SweepRecord) -> Facts:
 
 
 def failure_facts(record: SweepRecord) -> Facts:
-    """Which points failed, and why."""
+    """Which points failed, seeds of one placement and hardware together, and why."""
+    seeds: dict[tuple[SweepPoint, str], list[int]] = {}
+    for failure in record.failures:
+        of_any_seed = dataclasses.replace(failure.point, seed_index=0)
+        seeds.setdefault((of_any_seed, failure.error), []).append(failure.point.seed_index)
     facts = [
-        (f"{f.point.describe()}, c = {f.point.noise_scale:g}", f.error) for f in record.failures[:_MOST_FAILURES]
-    ]  # fmt: skip
-    more = len(record.failures) - len(facts)
-    return [*facts, (f"and {more:,} more", "see failed.csv")] if more else facts
+        (f"{point.describe().rpartition(', ')[0]}, seeds {', '.join(map(str, sorted(found)))}", error)
+        for (point, error), found in seeds.items()
+    ]
+    more = len(facts) - _MOST_FAILURES
+    return [*facts[:_MOST_FAILURES], (f"and {more:,} more", "see failed.csv")] if more > 0 else facts
 
 
 def provenance_facts(record: SweepRecord) -> Facts:

@@ -183,7 +183,7 @@ def group(record: SweepRecord) -> Groups:
     if not record.results and record.failures:
         raise InputError(
             f"no point of the sweep gave a number ({len(record.failures)} of {record.points} failed): "
-            f"{record.failures[0].error}"
+            f"{record.failures[0].point.describe()}: {record.failures[0].error}"
         )
     if not record.results:
         raise InputError(f"the sweep has no finished point yet (0 of {record.points}); run `hetmoe sweep` first")

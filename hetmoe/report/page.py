@@ -26,7 +26,7 @@ caption { padding-bottom: .3rem; caption-side: top; }
 .wide:focus-visible { outline: 2px solid #0a558c; }
 .wide svg { display: block; width: 100%; height: auto; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
-.wide table { overflow-wrap: normal; }
+.wide table { overflow-wrap: normal; min-width: min(100%, 36rem); }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #e2e2e2; text-align: left; vertical-align: top; }
 .numbers td { text-align: right; white-space: nowrap; }
 .numbers thead th + th { text-align: right; }
@@ -126,9 +126,10 @@ def _section(section: Section) -> str:
 
 def _picture(picture: Picture) -> str:
     label = html.escape(picture.caption)
+    width = f"min-width:{picture.min_width}px;max-width:{picture.min_width * 4 // 3}px"
     return (
         f'<figure><div class="wide" role="region" tabindex="0" aria-label="Figure, scrolls sideways">'
-        f'<div style="min-width:{picture.min_width}px;max-width:{picture.min_width * 2}px">{picture.svg}</div></div>\n'
+        f'<div style="{width}">{picture.svg}</div></div>\n'
         f"<figcaption>{label} Files: {_links(picture.files)}.</figcaption></figure>"
     )
 

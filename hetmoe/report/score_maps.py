@@ -9,10 +9,12 @@ from matplotlib.lines import Line2D
 
 from hetmoe.errors import InputError
 from hetmoe.placement.plan import digital_count, place
+from hetmoe.placement.scores import DEVICE_RULES
 from hetmoe.report.figures import ReportFigure, slug
 from hetmoe.report.groups import percent
 from hetmoe.report.panels import plain
 from hetmoe.report.style import CHOSEN_MARKERS, SEQUENTIAL
+from hetmoe.sweep.points import scored_rule
 from hetmoe.sweep.store import SweepRecord
 
 _CELLS_AS_PATHS = 4000  # more cells are drawn as one picture inside the SVG
@@ -30,7 +32,7 @@ def score_maps(record: SweepRecord, fractions: Sequence[float]) -> list[ReportFi
                 title=f"Scores by rule {rule}",
                 caption=f"Score (colour) of every expert (horizontal) of every layer with experts (vertical, first on "
                 f"top) by rule {rule}; a higher score is kept digital first. {_explain(marks)}",
-                figure=_draw(values, f"score by {rule}", "score", marks),
+                figure=_draw(values, f"score by {rule}", _unit(rule), marks),
             )
         )
     if record.frequencies is not None:
@@ -45,6 +47,10 @@ def score_maps(record: SweepRecord, fractions: Sequence[float]) -> list[ReportFi
             )
         )
     return figures
+
+
+def _unit(rule: str) -> str:
+    return "nats per token" if scored_rule(rule) in DEVICE_RULES else "score"
 
 
 def checked_map(name: str, values: Any) -> np.ndarray:
@@ -84,7 +90,8 @@ def _draw(values: np.ndarray, title: str, unit: str, marks: dict[float, np.ndarr
     layers, experts = values.shape
     width = min(13.5, max(6.0, 2.5 + 0.22 * experts))
     cell = min(0.4, max(0.12, (width - 2.5) / experts))
-    figure = matplotlib.figure.Figure(figsize=(width, 1.7 + cell * layers), layout="constrained")
+    height = max(1.2, cell * layers)  # room for the name of the axis
+    figure = matplotlib.figure.Figure(figsize=(width, 1.7 + height), layout="constrained")
     axes = figure.subplots()
     mesh = axes.pcolormesh(values, cmap=SEQUENTIAL, rasterized=values.size > _CELLS_AS_PATHS)
     size = 72 * min((width - 2.5) / experts, cell) * 0.5  # points: half a cell

@@ -31,7 +31,8 @@ class SweepPoint:
         """For messages."""
         share = "" if self.fraction is None else f" at fraction {self.fraction:g}"
         time = "" if self.time_s is None else f", {self.time_s:g} s"
-        return f"{self.placement}{share} on {self.device}{time}, {self.bits} bits, seed {self.seed_index}"
+        noise = f"c = {self.noise_scale:g}"
+        return f"{self.placement}{share} on {self.device}, {noise}{time}, {self.bits} bits, seed {self.seed_index}"
 
 
 _DIGITAL = SweepPoint(

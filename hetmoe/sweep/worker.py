@@ -7,8 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hetmoe.errors import InputError
-from hetmoe.evaluate.noise_sweep import make_point
+from hetmoe.evaluate.noise_sweep import make_point, not_a_number
 from hetmoe.evaluate.run import Totals, evaluate_digital, evaluate_seeds
 from hetmoe.placement.parameters import digital_parameters
 from hetmoe.placement.plan import Plan, all_analog, all_digital, experts_analog, place, stack_plans
@@ -94,10 +93,9 @@ def _totals(setup: Setup, point: SweepPoint, plans: list[Plan]) -> Totals:
 
 def _measure(setup: Setup, point: SweepPoint, plan: Plan, totals: Totals) -> Measurement | Failure:
     size = setup.text.size
-    try:
-        result = make_point(point.describe(), point.noise_scale, totals, size, deterministic=True)
-    except InputError as error:
-        return Failure(point=point, error=str(error))
+    if (reason := not_a_number(totals.nll)) is not None:
+        return Failure(point=point, error=reason)
+    result = make_point(point.placement, point.noise_scale, totals, size, deterministic=True)
     digital, of = digital_parameters(plan, setup.model.config)
     return Measurement(
         point=point,

@@ -7,6 +7,7 @@ import signal
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import chex
 import jax
@@ -14,9 +15,11 @@ import numpy as np
 import pytest
 
 from hetmoe import cli
+from hetmoe.evaluate import rules
 from hetmoe.evaluate import run as evaluate_run
 from hetmoe.placement.parameters import digital_parameters
 from hetmoe.placement.plan import all_analog, all_digital, experts_analog, place
+from hetmoe.report.figures import slug
 from hetmoe.sweep import ledger as ledger_module
 from hetmoe.sweep import worker
 from hetmoe.sweep.code_digest import code_digest
@@ -157,6 +160,94 @@ def test_the_code_digest_sees_names_and_contents(tmp_path: Path) -> None:
     seen.append(code_digest(tmp_path))
     (tmp_path / "a" / "notes.txt").write_text("no code")
     assert len(set(seen)) == 3 and code_digest(tmp_path) == seen[-1]
+
+
+def test_points_without_a_number_fail_and_the_sweep_goes_on(
+    run: Run, write_config: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_config(**(ONE | {"noise_scales": "[2, 1e38]"}))
+    code, out, err = run("sweep", config)
+    assert code == 0, err
+    words = " ".join(out.split())
+    assert "2 points failed and are in no mean; --retry-failed evaluates them again" in words
+    assert "experts_analog on pcm, c = 1e+38, 8 bits, seed 0: the log-likelihood of the text is nan" in words
+    record = read_sweep(tmp_path / "s")
+    assert {(r.point.placement, r.point.noise_scale) for r in record.results} == {
+        ("all_digital", 0.0), ("experts_analog", 2.0)
+    }  # fmt: skip
+    assert [(f.point.noise_scale, f.point.seed_index) for f in record.failures] == [(1e38, 0), (1e38, 1)]
+    code, out, _ = run("sweep", config, "--status")
+    assert code == 0 and "3 of 5 points finished, 2 failed, 0 claimed by processes that run, 0 open" in out
+    code, out, err = run("sweep", config, "--status", "--retry-failed")
+    assert code == 2 and "leave out --retry-failed" in err
+    done: list[float] = []
+    evaluate = worker.evaluate_group
+    monkeypatch.setattr(worker, "evaluate_group", lambda s, p: [done.append(p[0].noise_scale), evaluate(s, p)][1])
+    for arguments, again in (((), []), (("--retry-failed",), [1e38, 1e38])):
+        code, _, err = run("sweep", config, *arguments)
+        assert code == 0 and done == again, err
+        assert read_sweep(tmp_path / "s").results == record.results
+    code, out, err = run("report", tmp_path / "s", "-o", tmp_path / "report")
+    assert code == 0 and "2 points failed" in out, err
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "experts_analog on pcm, c = 1e+38, 8 bits, seeds 0, 1" in page and 'class="status unfinished"' in page
+    assert len((tmp_path / "report" / "failed.csv").read_text().splitlines()) == 3
+
+
+def test_rules_that_need_hardware_are_scored_for_each_device(
+    write_config: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = read_config(
+        write_config(
+            rules='["router_norm", "noise_sensitivity", "measured"]', devices='["pcm", "reram_wan"]',
+            noise_scales="[4]", times="[86400]", scoring_scale="3", bits="[6, 8]",
+        )
+    )  # fmt: skip
+    asked: list[tuple[Any, ...]] = []
+    rising = np.arange(8.0)[None]
+
+    def score(_: Any, rule: str, *, key: Any, tokens: Any, spec: Any, calibration: Any, **__: Any) -> np.ndarray:
+        bits = spec.options.dac_bits, spec.options.adc_bits
+        drawn = None if key is None else jax.random.key_data(key).tolist()
+        asked.append((rule, spec.device, float(spec.noise_scale), spec.time_s, bits, drawn))
+        assert rule == "router_norm" or (tokens.shape == (16, 9) and calibration is not None)
+        return rising if len(asked) % 2 else -rising
+
+    monkeypatch.setattr(rules, "score_experts", score)
+    setup = make_setup(config, load_for_sweep(config))
+    key = jax.random.key_data(jax.random.fold_in(jax.random.key(3), rules.SCORE_STREAM)).tolist()
+    pcm, wan = (config.spec(device, 3, None, 6).device for device in ("pcm", "reram_wan"))
+    assert asked == [
+        ("router_norm", pcm, 3, None, (6, 6), None),
+        *((rule, device, 3, None, (6, 6), key) for rule in ("noise_sensitivity", "measured") for device in (pcm, wan)),
+    ]
+    for point in expand(config):  # placed by the scores of its own device, whatever its bits and time
+        if point.placement == "measured":
+            expected = rising < 6 if point.device == "reram_wan" else rising > 1
+            assert np.array_equal(worker.make_plan(setup, point).experts, expected)
+
+
+def test_rules_that_need_hardware_in_a_sweep_and_its_report(run: Run, write_config: Write, tmp_path: Path) -> None:
+    config = write_config(
+        placements="[]", rules='["router_norm", "noise_sensitivity", "measured"]', devices='["pcm", "reram_wan"]',
+        noise_scales="[4]", seeds="1",
+    )  # fmt: skip
+    code, _, err = run("sweep", config)
+    assert code == 0, err
+    record = read_sweep(tmp_path / "s")
+    scored = [f"{rule} ({device})" for rule in ("noise_sensitivity", "measured") for device in ("pcm", "reram_wan")]
+    assert record.scores.keys() == {"router_norm", *scored} and len(record.results) == 6
+    assert len({json.dumps(scores) for scores in record.scores.values()}) == 5
+    assert all(np.shape(scores) == (1, 8) for scores in record.scores.values())
+
+    code, _, err = run("report", tmp_path / "s", "-o", tmp_path / "report")
+    assert code == 0, err
+    maps = {f"scores-{slug(name)}.png" for name in scored}
+    assert len(maps) == 4 and maps <= {path.name for path in (tmp_path / "report").iterdir()}
+    rows = [line.split(",")[:2] for line in (tmp_path / "report" / "spearman.csv").read_text().splitlines()[1:]]
+    first = [row for row in rows if row[0].startswith("measured")]
+    assert rows[: len(first)] == first and not any("measured" in name for row in rows[len(first) :] for name in row)
+    assert ["measured (pcm)", "noise_sensitivity (pcm)"] in first and ["measured (pcm)", "router_norm"] in first
 
 
 def test_interrupted_and_full(run: Run, write_config: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
