@@ -21,7 +21,7 @@ _CELLS_AS_PATHS = 4000  # more cells are drawn as one picture inside the SVG
 
 
 def score_maps(record: SweepRecord, fractions: Sequence[float]) -> list[ReportFigure]:
-    """A heat map per rule in `record.scores`, then one of the activation frequency."""
+    """A heat map per rule in `record.scores`, then one of the activation frequency unless a rule is just that."""
     figures: list[ReportFigure] = []
     for rule, scores in record.scores.items():
         values = checked_map(rule, scores)
@@ -35,7 +35,7 @@ def score_maps(record: SweepRecord, fractions: Sequence[float]) -> list[ReportFi
                 figure=_draw(values, f"score by {rule}", _unit(rule), marks),
             )
         )
-    if record.frequencies is not None:
+    if record.frequencies is not None and "activation_frequency" not in record.scores:
         values = checked_map("activation frequency", record.frequencies)
         figures.append(
             ReportFigure(

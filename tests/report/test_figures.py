@@ -158,6 +158,10 @@ def test_score_maps_show_the_scores(synthetic) -> None:
     assert [m.name for m in maps] == ["scores-max-neuron-norm", "scores-router-norm", "activation-frequency"]
     (mesh,) = maps[1].figure.axes[0].collections
     np.testing.assert_array_equal(np.ravel(mesh.get_array()), np.ravel(record.scores["router_norm"]))
+    twice = dataclasses.replace(record, scores={"activation_frequency": record.frequencies, "measured (pcm)": [[0.1]]})
+    maps = score_maps(twice, ())
+    assert [m.name for m in maps] == ["scores-activation-frequency", "scores-measured-pcm"]  # the same map once
+    assert [m.figure.axes[1].get_ylabel() for m in maps] == ["score", "nats per token"]
     for bad in ([[1.0, math.nan]], [1.0], [["x"]], [[1.0], [1.0, 2.0]]):
         with pytest.raises(InputError, match="the store's x: not"):
             score_maps(dataclasses.replace(record, scores={"x": bad}), ())

@@ -11,8 +11,10 @@ import pytest
 from PIL import Image
 
 from hetmoe import cli
+from hetmoe.errors import InputError
 from hetmoe.report.build import build_report
-from hetmoe.report.facts import progress, provenance_facts
+from hetmoe.report.facts import failure_facts, progress, provenance_facts
+from hetmoe.sweep.store import Failure
 
 HOSTILE = "<script>alert('x')</script>\"&$x_1$"
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -130,6 +132,27 @@ def test_progress_and_provenance(synthetic) -> None:
     assert facts["ended_utc"] == "2026-11-22T10:00:30+00:00 to 2026-11-22T10:06:30+00:00"
     assert facts["code: digest"] == "feedbeef"
     assert facts["key_words"] == "0, 7; 1, 7; 2, 7; 3, 7; 4, 7 and 2 more"
+
+
+def test_failed_points_are_counted_and_listed(synthetic) -> None:
+    record = synthetic.make_record(rules=(), scales=(1.0,), seeds=3)
+    points = [r.point for r in record.results if r.point.placement == "all_analog"]
+    failures = [Failure(point=point, error=HOSTILE) for point in points]
+    left = [r for r in record.results if r.point not in points]
+    record = dataclasses.replace(record, results=left, failures=failures)
+    files = build_report(record)
+    page = Page(files["index.html"].decode())
+    text = "".join(page.text)
+    assert f"complete: all {record.points} points of the grid are done; 3 points failed" in text
+    assert "all_analog on pcm, c = 1, 8 bits, seeds 0, 1, 2" in text and HOSTILE in text
+    assert ("p", {"class": "status unfinished"}) in page.elements
+    rows = files["failed.csv"].decode().splitlines()
+    assert len(rows) == 4 and rows[1].startswith("pcm,programmed,8,1.0,all_analog,,0,")
+    many = [Failure(point=dataclasses.replace(points[0], bits=b), error="x") for b in range(25)]
+    facts = failure_facts(dataclasses.replace(record, failures=many))
+    assert len(facts) == 21 and facts[-1] == ("and 5 more", "see failed.csv")
+    with pytest.raises(InputError, match=r"gave a number \(25 of 7 failed\): all_analog on pcm.*: x"):
+        build_report(dataclasses.replace(record, results=[], failures=many))
 
 
 @pytest.fixture

@@ -116,6 +116,12 @@ def test_huge_and_absent_values(synthetic, record) -> None:
     assert tables.number(123456.789, PERPLEXITY) == "123,456.79"
 
 
+def test_correlations_with_what_was_measured_come_first() -> None:
+    maps = {name: np.random.default_rng(n).random((1, 6)) for n, name in enumerate(("a", "b", "measured (pcm)", "z"))}
+    names = [row[0] for row in tables.correlations(maps).rows]
+    assert names == ["measured (pcm), a", "measured (pcm), b", "measured (pcm), z", "a, b", "a, z", "b, z"]
+
+
 def test_rules_without_an_order_have_no_correlation() -> None:
     maps = {"a": np.array([[1.0, 2.0], [3.0, 3.0]]), "b": np.array([[1.0, 5.0], [7.0, 6.0]])}
     table = tables.correlations(maps)

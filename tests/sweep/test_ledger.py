@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import fcntl
 import hashlib
 import os
 import sqlite3
@@ -20,6 +21,7 @@ from hetmoe.errors import InputError
 from hetmoe.sweep import ledger as ledger_module
 from hetmoe.sweep.database import FILE, SCHEMA
 from hetmoe.sweep.ledger import open_ledger
+from hetmoe.sweep.lock import FOLDER, is_alive, worker_lock
 from hetmoe.sweep.points import SweepPoint, point_id
 from hetmoe.sweep.store import Failure, read_status, read_sweep
 from tests.sweep import fake_workers
@@ -96,6 +98,17 @@ def test_a_claim_holds_as_long_as_its_worker(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="another process evaluated the same point"):
             one.write([measure(p) for p in groups[0]], TIMING)
         assert one.finished_count() == 3
+
+
+def test_who_looks_for_the_dead_is_not_taken_for_them(tmp_path: Path) -> None:
+    with worker_lock(tmp_path) as living:
+        assert is_alive(tmp_path, living)
+    assert not is_alive(tmp_path, living)  # its file is gone
+    killed = tmp_path / FOLDER / "killed.lock"
+    killed.touch()
+    with killed.open() as other:  # as another process that looks at this moment
+        fcntl.flock(other, fcntl.LOCK_SH)
+        assert not is_alive(tmp_path, "killed")
 
 
 def test_failed_points_are_kept_and_tried_again_when_asked(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hetmoe import cli
 from hetmoe.checkpoint.save import save_model
 from hetmoe.errors import InputError
 from hetmoe.evaluate.tasks.names import PAPER_TASKS
-from hetmoe.evaluate.tasks.score import Chip, score_requests
+from hetmoe.evaluate.tasks.score import Chip, Score, score_requests
 from hetmoe.models.model import Model
 from tests.tasks.questions import Row, all_splits, rows, subject_rows, write_files, write_jsonl, write_snapshots
 from tests.tasks.tiny import numpy_score, tiny_model
@@ -196,6 +196,20 @@ def test_examples_come_from_the_training_split(tiny: Model, manager: Any, files:
     for request in prepared.requests:
         examples = tiny.tokenizer.decode(request.context).split("\n\n")[:-1]
         assert len(set(examples)) == 2 and set(examples) <= set(train)
+
+
+@pytest.mark.parametrize("task", ["piqa", "mmlu"])
+def test_ties_of_best_answers_are_counted(tiny: Model, manager: Any, files: Path, task: str) -> None:
+    prepared = load(manager, task, tiny, files)
+    choices = len(prepared.requests) // prepared.questions
+    scores = [Score(-float(n % choices), False) for n in range(len(prepared.requests))]
+    assert prepared.metrics(scores)["ties"] == 0
+    scores[1] = Score(0.0, False)  # of the first question
+    scores[-1] = scores[-2] = Score(1.0, False)  # of the last
+    scores[choices + 1] = Score(-0.5, False)  # near is no tie
+    found = prepared.metrics(scores)
+    assert found["ties"] == 2
+    assert task == "piqa" or sum(leaf["ties"] for leaf in found["subtasks"].values()) == 2
 
 
 def test_limit_takes_the_first_questions(tiny: Model, manager: Any, files: Path) -> None:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from hetmoe.evaluate.tasks.summary import summarise
+from hetmoe.evaluate.tasks.summary import summarise, ties_note
 
 
 def metrics(acc: float, error: float | None = 0.1, norm: float | None = None) -> dict[str, float | int | None]:
@@ -41,3 +41,14 @@ def test_without_spread_there_is_no_error() -> None:
     lines, averages = summarise({"piqa": [metrics(0.8, None)]})
     assert all(line.mean is None and line.digital == 0.8 for line in (*lines, *averages))
     assert averages[0].digital_sampling is None
+
+
+def test_ties_are_told_where_there_are_any() -> None:
+    def tied(*ties: int) -> list[dict[str, float | int | None]]:
+        return [metrics(0.5) | {"ties": n} for n in ties]
+
+    assert ties_note({"piqa": tied(0, 0), "boolq": tied(0)}) == ""
+    assert ties_note({"piqa": tied(0, 3, 4), "boolq": tied(0, 0, 0), "mmlu": tied(2)}) == (
+        "Questions with tied best answers, of which lm-eval takes the first: piqa 0 digital, 3.5 on chips of 10; "
+        "mmlu 2 digital of 10."
+    )
