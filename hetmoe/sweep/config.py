@@ -11,6 +11,7 @@ from hetmoe.analog.devices import DEVICES
 from hetmoe.analog.spec import AnalogSpec, analog_spec
 from hetmoe.checkpoint.load import parse_dtype
 from hetmoe.errors import InputError
+from hetmoe.evaluate.calibration_file import stored_adc_bound
 from hetmoe.evaluate.prepare import DEFAULT_TOKENS
 from hetmoe.evaluate.rules import scoring_scale
 from hetmoe.placement.plan import digital_count
@@ -54,8 +55,9 @@ class GridConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HardwareConfig:
-    """Table `[hardware]`, named as there."""
+    """Table `[hardware]`, named as there; `calibration` is a file that holds the ranges and the default `adc_bound`."""
 
+    calibration: str | None
     input_range: str
     range_k: float
     adc_bound: float
@@ -85,6 +87,10 @@ class SweepConfig:
     def text_files(self) -> list[Path]:
         """The text files, relative to CONFIG; none = the embedded held-out text."""
         return [self.source.parent / name for name in self.text.files]
+
+    def calibration_file(self) -> Path | None:
+        """The calibration, relative to CONFIG; None = ranges from text, or dynamic."""
+        return None if self.hardware.calibration is None else self.source.parent / self.hardware.calibration
 
     def spec(self, device: str, noise_scale: float, time_s: float | None, bits: int) -> AnalogSpec:
         """The analog hardware of a point."""
@@ -127,7 +133,7 @@ def read_config(path: Path) -> SweepConfig:
         dtype=top.text("dtype", "float32"),
         text=_text(top.table("text")),
         grid=_grid(top.table("grid", required=True)),
-        hardware=_hardware(top.table("hardware")),
+        hardware=_hardware(top.table("hardware"), path),
     )
     top.finish()
     try:
@@ -167,12 +173,20 @@ def _grid(table: TomlTable) -> GridConfig:
     return config
 
 
-def _hardware(table: TomlTable) -> HardwareConfig:
-    input_range = table.text("input_range", "ema_std")
+def _hardware(table: TomlTable, path: Path) -> HardwareConfig:
+    calibration = table.text("calibration", "") or None
+    input_range, range_k = table.text("input_range", "ema_std"), table.number("range_k", 12.0)
+    if calibration is None:
+        bound = 12.0 if input_range == "dynamic" else 3.0
+    elif (input_range, range_k) == ("ema_std", 12.0):
+        bound = stored_adc_bound(path.parent / calibration)
+    else:
+        raise InputError(f"{path}: [hardware] calibration holds the ranges: leave out input_range and range_k")
     config = HardwareConfig(
+        calibration=calibration,
         input_range=input_range,
-        range_k=table.number("range_k", 12.0),
-        adc_bound=table.number("adc_bound", 12.0 if input_range == "dynamic" else 3.0),
+        range_k=range_k,
+        adc_bound=table.number("adc_bound", bound),
         bound_axis=table.text("bound_axis", "tile"),
         tile_rows=table.whole("tile_rows", 512, at_least=1),
         drift_compensation=table.flag("drift_compensation", False),

@@ -13,6 +13,7 @@ from hetmoe.analog.calibration import Calibration
 from hetmoe.checkpoint.load import load_model
 from hetmoe.errors import InputError
 from hetmoe.evaluate.calibrate import calibrate
+from hetmoe.evaluate.calibration_file import load_calibration
 from hetmoe.evaluate.prepare import EvalText, noise_keys, placement_keys, prepare_text
 from hetmoe.evaluate.rules import Scorer
 from hetmoe.evaluate.text import heldout_files, read_text
@@ -38,7 +39,7 @@ class Setup:
 
 
 def early_identity(config: SweepConfig) -> dict[str, Any]:
-    """The part of a store's identity that needs no model: config, text and code.
+    """The part of a store's identity that needs no model: config, text, calibration and code.
 
     Raises:
         InputError: for unusable text.
@@ -47,7 +48,9 @@ def early_identity(config: SweepConfig) -> dict[str, Any]:
     for file in text_files(config):
         read_text(file)
         text[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
-    return {"config": config.record(), "text": text, "code": code_record()}
+    file = config.calibration_file()
+    digest = None if file is None else hashlib.sha256(file.read_bytes()).hexdigest()
+    return {"config": config.record(), "text": text, "calibration": digest, "code": code_record()}
 
 
 def text_files(config: SweepConfig) -> list[Path]:
@@ -97,8 +100,10 @@ def make_setup(config: SweepConfig, model: Model) -> Setup:
         model, text_files(config), tokens=config.text.tokens, seq=config.text.seq, batch=config.text.batch,
         seed=grid.seed, calibrate=method is not None,
     )  # fmt: skip
-    calibration = None
-    if method is not None and text.aside is not None:
+    file, calibration = config.calibration_file(), None
+    if file is not None:
+        calibration = load_calibration(file, model).calibration
+    elif method is not None and text.aside is not None:
         tokens = jnp.asarray(text.aside.tokens[:, :-1])
         calibration = calibrate(model.params, tokens, model.config, method, tile_rows=config.hardware.tile_rows)
     scorer = Scorer(

@@ -25,7 +25,7 @@ def test_defaults_are_filled_in(tmp_path: Path) -> None:
             "scoring_scale": None,
         },
         "hardware": {
-            "input_range": "ema_std", "range_k": 12.0, "adc_bound": 3.0, "bound_axis": "tile", "tile_rows": 512,
+            "calibration": None, "input_range": "ema_std", "range_k": 12.0, "adc_bound": 3.0, "bound_axis": "tile", "tile_rows": 512,
             "drift_compensation": False, "down_axis": "hidden",
         },
     }  # fmt: skip
@@ -47,7 +47,7 @@ BAD = [
     ({"head": 'dtype = "int8"'}, "dtype 'int8' is unknown"),
     ({"text": "window = 2"}, "[text] unknown key 'window'; valid are files, tokens, seq, batch"),
     ({"text": "tokens = 7"}, "Cannot overwrite"),
-    ({"hardware": "tiles = 2"}, "[hardware] unknown key 'tiles'; valid are input_range, range_k"),
+    ({"hardware": "tiles = 2"}, "[hardware] unknown key 'tiles'; valid are calibration, input_range"),
     ({"hardware": 'range_k = "big"'}, "[hardware] range_k = 'big' must be a number"),
     ({"hardware": "range_k = nan"}, "k=nan must be positive"),
     ({"hardware": "tile_rows = 0"}, "[hardware] tile_rows = 0 must be a whole number of at least 1"),

@@ -14,9 +14,10 @@ import jax
 import numpy as np
 import pytest
 
-from hetmoe import cli
+from hetmoe.errors import InputError
 from hetmoe.evaluate import rules
 from hetmoe.evaluate import run as evaluate_run
+from hetmoe.evaluate.calibration_file import load_calibration
 from hetmoe.placement.parameters import digital_parameters
 from hetmoe.placement.plan import all_analog, all_digital, experts_analog, place
 from hetmoe.report.figures import slug
@@ -34,18 +35,6 @@ Write = Callable[..., Path]
 Run = Callable[..., tuple[int, str, str]]
 METRICS = ("perplexity", "bits_per_byte", "accuracy")
 ONE = {"placements": '["all_digital", "experts_analog"]', "rules": None, "fractions": None, "noise_scales": "[2, 4]"}
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["hetmoe", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return call
 
 
 def test_help_shows_an_example(run: Run) -> None:
@@ -340,3 +329,29 @@ def test_bad_input(
     code, out, err = run("sweep", *arguments)
     assert code == 2 and message in err and len(err.splitlines()) == 1, err
     assert "Traceback" not in out and [p.name for p in tmp_path.iterdir()] == ["s.toml"]
+
+
+def test_a_calibration_file_gives_ranges_and_bound_and_is_part_of_what_a_store_is(
+    run: Run, write_config: Write, folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "c.safetensors"
+    text = ("--text", folder / "text.txt", "--tokens", 64, "--seq", 8)
+
+    def calibrate(k: float) -> None:
+        code, _, err = run("calibrate", folder / "model", *text, "--k", k, "--adc-bound", 2.5, "-o", file)
+        assert code == 0, err
+
+    calibrate(9.0)
+    config = write_config(**ONE, hardware=f'calibration = "{file.name}"')
+    read = read_config(config)
+    assert read.hardware.adc_bound == 2.5 and read.calibration_file() == file
+    setup = make_setup(read, load_for_sweep(read))
+    expected = load_calibration(file, setup.model).calibration
+    assert setup.calibration is not None
+    jax.tree.map(np.testing.assert_array_equal, setup.calibration, expected)
+    before = early_identity(read)
+    calibrate(7.0)
+    assert early_identity(read)["calibration"] != before["calibration"]
+    config.write_text(config.read_text() + "range_k = 3.0\n")
+    with pytest.raises(InputError, match="leave out input_range and range_k"):
+        read_config(config)
