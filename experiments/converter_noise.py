@@ -7,8 +7,8 @@ No programming noise (c = 0): weights are exact and results do not depend on a s
 experts analog, all dense modules analog (attention, LM head, shared experts, dense layers), and both, at 8, 7 and 6
 bits of DAC and ADC with calibrated input ranges. Cost: one to two minutes on two CPU cores, most of it compilation.
 
-Paper (reported): at 8 bits analog experts cost OLMoE 0.7 and DeepSeekMoE 0.3 points of accuracy, dense modules on top of
-them another 0.9 and 6.0 points.
+Paper (reported): at 8 bits analog experts cost OLMoE 0.7 and DeepSeekMoE 0.3 points of accuracy, dense modules on top
+of them another 0.9 and 6.0 points.
 EXPECTED
 """
 
@@ -43,7 +43,7 @@ def draw(setup: Setup, points: dict[tuple[str, int], Point], bits: list[int]) ->
             right.plot(bits, [100 * points[name, b].mean("accuracy") for b in bits], label=name, **look)
     if setup.digital.accuracy is not None:
         right.axhline(100 * setup.digital.accuracy[0], color="#595959", lw=1.2, label="all_digital")
-    left.set(ylabel="loss increase over the digital model (nats per token)")
+    left.set(ylabel="loss increase (nats per token)")
     left.set_yscale("log")
     right.set_ylabel("next-word accuracy, 1 of 4 (%)")
     for axes in (left, right):
