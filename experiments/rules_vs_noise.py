@@ -156,7 +156,7 @@ def draw(
     last.set_yticks(range(len(spearmans)), list(spearmans))
     last.invert_yaxis()
     last.set(
-        xlabel=f"Spearman correlation with the measured loss (c = {measured_scale:g})",
+        xlabel=f"Spearman with the measured loss (c = {measured_scale:g})",
         title="marker: mean over layers; dashed: most possible",
     )
     last.title.set_fontsize("medium")
