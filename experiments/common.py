@@ -288,7 +288,7 @@ def draw_line(
 
 def panels(count: int, title: str, *, width: float = 4.6, height: float = 4.2) -> tuple[Any, list[Axes]]:
     """A figure and its panels, side by side."""
-    figure = matplotlib.figure.Figure(figsize=(width * count, height), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(max(width * count, 8.5), height), layout="constrained")
     row = list(figure.subplots(1, count, squeeze=False)[0])
     for axes in row:
         axes.grid(alpha=0.25)

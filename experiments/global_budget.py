@@ -115,7 +115,7 @@ def draw(
             intervals = [mean_interval(increase[b, rule, scale]) for b in budgets]
             draw_line(axes, [100 * share[b] for b in budgets], intervals, rule, look)
         axes.set(xlabel="parameters kept digital (%)", ylabel="loss increase (nats per token)", title=f"c = {scale:g}")
-        axes.set_ylim(bottom=0)
+        axes.set_yscale("log")
     add_legend(figure, row[0], 3)
     return figure
 

@@ -9,7 +9,9 @@ increase of the loss over the digital model, the same per million parameters of 
 the experts, paired by seed, with 95 % intervals. Cost: about four minutes on two CPU cores.
 
 Paper: dense modules are about 5 % of the parameters but more sensitive than the experts, so they stay digital.
-EXPECTED
+The reference model agrees: at c = 1 analog experts cost 0.008 nats, attention 0.022, the LM head 0.086, at c = 10 0.68,
+3.0 and 4.7; per parameter attention and LM head are 60 to 130 times as sensitive as the experts at every c. It has no
+shared experts and no dense layers.
 """
 
 from typing import Annotated, Any

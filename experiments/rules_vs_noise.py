@@ -105,7 +105,7 @@ def reliability(per_seed: np.ndarray) -> dict[str, Any]:
     overall = spearman(halves[0].ravel(), halves[1].ravel())
 
     def most(r: float) -> float:
-        return math.sqrt(max(2 * r / (1 + r), 0.0))
+        return math.sqrt(2 * r / (1 + r)) if r > 0 else 0.0
 
     return {
         "halves_per_layer": digits(layers, 4), "halves_mean": float(np.mean(layers)), "halves_overall": overall,

@@ -10,7 +10,10 @@ into 8 parts for paired 95 % intervals of high minus low. Beside it Spearman's c
 frequency, and of score and an expert's share of frequent tokens. Cost: seconds on two CPU cores.
 
 Paper: high-score experts serve frequent tokens ("the", "a", "and"), low-score ones rare sub-words.
-EXPECTED
+In the reference model it holds for groups in the last three of four layers (share of the 100 most frequent tokens 5.8,
+21 and 13 points higher), not in the first, and not expert by expert (Spearman within -0.06 and 0.23): most frequent with
+high-score experts are line ends and punctuation, and low-score ones of layer 0 serve "the", "a", "of". The score does
+grow with activation frequency in every layer (0.37 to 0.75).
 """
 
 import dataclasses
@@ -140,15 +143,23 @@ def layer_record(
     }
 
 
-def verdict(differences: list[Interval], frequent: int) -> str:
-    """One sentence: in how many layers high-score experts serve more frequent tokens."""
+def verdict(layers: list[dict[str, Any]], frequent: int) -> str:
+    """Whether high-score experts serve frequent tokens: as groups, and expert by expert."""
+    differences: list[Interval] = [layer["share_difference"] for layer in layers]
     more = sum(d.low > 0 for d in differences)
     less = sum(d.high < 0 for d in differences)
-    holds = "holds" if more == len(differences) else "does not hold" if more <= less else "holds in some layers only"
+    holds = "holds" if more == len(layers) else "does not hold" if more <= less else "holds in some layers only"
+
+    def span(field: str) -> str:
+        values = [layer[field] for layer in layers]
+        return f"{min(values):+.2f} to {max(values):+.2f}"
+
     return (
-        f'"High-score experts serve frequent tokens" {holds} here: of {len(differences)} layers, the share of the '
+        f'"High-score experts serve frequent tokens" {holds} here: of {len(layers)} layers, the share of the '
         f"{frequent} most frequent tokens is higher for high-score than for low-score experts in {more}, lower in "
-        f"{less}, and not clearly different in {len(differences) - more - less} (95 % intervals)."
+        f"{less}, and not clearly different in {len(layers) - more - less} (95 % intervals). Expert by expert, "
+        f"Spearman's correlation of the score is {span('spearman_score_frequent_share')} with that share, and "
+        f"{span('spearman_score_activation')} with activation frequency."
     )
 
 
@@ -213,7 +224,7 @@ def main(
         for number, layer in zip(setup.config.moe_layers, layers, strict=True):
             table.add_row(str(number), *("  ".join(repr(t)[1:-1] for t in layer[g][field]) for g in GROUPS))
         setup.console.print(table)
-    sentence = verdict([layer["share_difference"] for layer in layers], frequent)
+    sentence = verdict(layers, frequent)
     setup.console.print(sentence)
     figure = draw(setup, layers, whole.frequent_share, frequent)
     for layer in layers:
