@@ -11,9 +11,9 @@ frequency, and of score and an expert's share of frequent tokens. Cost: seconds 
 
 Paper: high-score experts serve frequent tokens ("the", "a", "and"), low-score ones rare sub-words.
 In the reference model it holds for groups in the last three of four layers (share of the 100 most frequent tokens 5.8,
-21 and 13 points higher), not in the first, and not expert by expert (Spearman within -0.06 and 0.23): most frequent with
-high-score experts are line ends and punctuation, and low-score ones of layer 0 serve "the", "a", "of". The score does
-grow with activation frequency in every layer (0.37 to 0.75).
+21 and 13 points higher), not in the first, and not expert by expert (Spearman within -0.06 and 0.23): most frequent
+with high-score experts are line ends and punctuation, and low-score ones of layer 0 serve "the", "a", "of". The score
+does grow with activation frequency in every layer (0.37 to 0.75).
 """
 
 import dataclasses
