@@ -12,11 +12,11 @@ intervals. Scores are taken at the largest noise scale, on text that is not eval
 CPU cores.
 
 The paper places per layer, with dense modules always digital.
-In the reference model the budget for the dense modules alone buys exactly the dense modules, at any c and by both
-rules: each is worth more per parameter than any expert. Beyond that the whole-model knapsack gives the last layer most
-experts (9 or 10 of 32, the first layer 1 or 2, at 12.5 %), and beats per-layer max_neuron_norm: at c = 5 by 22 % of its
-loss increase at 12.5 % of experts and by 31 to 34 % at 25 %, most of it due to the scores (15 and 25 to 26 % per layer
-by the same scores). At half of the dense budget the LM head does not fit, and the loss is that of an analog LM head.
+In the reference model the budget for the dense modules alone buys exactly the dense modules, by both rules. Beyond that
+the knapsack gives the last layer most experts (9 or 10 of 32 at 12.5 %, the first layer 1 or 2), and beats per-layer
+max_neuron_norm: at c = 5 the loss increase is 21 to 23 % smaller at 12.5 % of experts and 31 to 34 % at 25 %, more than
+half of it due to the scores (15 and 25 to 26 % per layer by the same scores). At c = 1 the gain is within the intervals
+at 25 %. At half of the dense budget the LM head does not fit, and the loss is that of an analog LM head.
 """
 
 import dataclasses
