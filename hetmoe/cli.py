@@ -115,6 +115,7 @@ def place(
     drift_compensation: COMPENSATION = False,
     calibration: CALIBRATION = None,
     energy_batch: Annotated[int, typer.Option(help="Tokens decoded together, for --budget energy.")] = 32,
+    energy_bytes: Annotated[float, typer.Option(help="Bytes of a digital weight, for --budget energy.")] = 2.0,
     dtype: DTYPE = None,
 ) -> None:
     """Score experts (or all modules) and decide which stay digital.
@@ -131,7 +132,7 @@ def place(
             model=model, rule=rule, fraction=digital, budget=budget, dense=dense, compare=compare, output=output,
             text=text, tokens=tokens, seq=seq, seed=seed, seeds=seeds, down_axis=down_axis, device=device,
             noise_scale=noise_scale, time_s=time, drift_compensation=drift_compensation, calibration=calibration,
-            energy_batch=energy_batch, dtype=dtype,
+            energy_batch=energy_batch, energy_bytes=energy_bytes, dtype=dtype,
         )
     )  # fmt: skip
 

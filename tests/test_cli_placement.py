@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,7 +13,10 @@ import hetmoe
 from hetmoe.commands.tables import differences
 from hetmoe.evaluate.calibration_file import load_calibration
 from hetmoe.evaluate.noise_sweep import Point
+from hetmoe.evaluate.prepare import unevaluated_text
+from hetmoe.evaluate.text import heldout_files
 from hetmoe.placement.budget import digital_cost
+from hetmoe.placement.energy_costs import energy_costs
 from hetmoe.placement.module_scores import module_parameters
 
 Run = Callable[..., tuple[int, str, str]]
@@ -104,12 +108,23 @@ def test_dense_modules_compete_under_a_parameter_budget(run: Run, tmp_path: Path
 
 
 def test_energy_budget_prefers_what_costs_little(run: Run, tmp_path: Path, model: hetmoe.Model) -> None:
+    """With the scores of a rule, the plan is worth as much as any: one more expert would pass the budget."""
     path = tmp_path / "plan.json"
     options = ("--tokens", 512, "--seq", 64, "--budget", "energy", "--digital", 0.25, "-o", path)
-    code, _, err = run("place", "reference", "--rule", "router_norm", *options)
-    assert code == 0, err
-    plan = hetmoe.load_plan(path, model)
-    assert 0 < int((~np.asarray(plan.experts)).sum()) < 128 and plan.attention is None
+    code, out, err = run("place", "reference", "--rule", "router_norm", *options)
+    assert code == 0 and "not in one unit" in out, err
+    plan, made_by = hetmoe.load_plan(path, model), json.loads(path.read_text())["made_by"]
+    windows, _ = unevaluated_text(model, heldout_files(), tokens=512, seq=64)
+    stored = hetmoe.load_model("reference")  # in the dtype that `place` reads it in
+    share = hetmoe.score_experts(stored, "activation_frequency", tokens=jnp.asarray(windows.tokens[:, :-1]))
+    costs = np.asarray(energy_costs(model.config, np.asarray(share)).experts)
+    digital = ~np.asarray(plan.experts)
+    np.testing.assert_allclose(made_by["digital_cost"], costs[digital].sum(), rtol=1e-6)
+    assert costs[digital].sum() <= 0.25 * costs.sum() * (1 + 1e-9)
+    assert costs[digital].sum() + costs[~digital].min() > 0.25 * costs.sum()
+    density = np.asarray(made_by["scores"]) / costs
+    assert density[digital].mean() > density[~digital].mean()
+    assert plan.attention is None
 
 
 def test_measured_places_and_its_chips_follow_the_seed(run: Run, tmp_path: Path) -> None:
@@ -136,6 +151,8 @@ def test_measured_places_and_its_chips_follow_the_seed(run: Run, tmp_path: Path)
         (("--noise-scale", -1), "noise_scale=-1.0"),
         (("--device", "dram"), "unknown device 'dram'"),
         (("--rule", "measured", "--calibration", "absent"), "absent: cannot be read"),
+        (("--calibration", "absent"), "--calibration is for --rule measured"),
+        (("--energy-bytes", 0), "--energy-bytes 0.0"),
     ],
 )
 def test_bad_placement_options_are_one_line(run: Run, arguments: tuple[object, ...], message: str) -> None:

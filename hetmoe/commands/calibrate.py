@@ -122,7 +122,9 @@ def run(request: CalibrateRequest) -> None:
     _print_fallbacks(console, calibration, how, model.config)
     if request.output is not None:
         made_by = _made_by(request, files, windows.byte_count.size, search)
-        saved = SavedCalibration(calibration=calibration, adc_bound=bound, how=how, made_by=made_by)
+        saved = SavedCalibration(
+            calibration=calibration, adc_bound=bound, bound_axis=request.bound_axis, how=how, made_by=made_by
+        )
         save_calibration(request.output, saved, model)
         console.print(f"calibration: {request.output} (hetmoe eval --calibration {request.output})")
 

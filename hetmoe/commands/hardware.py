@@ -58,7 +58,7 @@ class HardwareOptions:
     def calibration(self, model: Model, windows: Windows) -> Calibration | None:
         """DAC ranges from the file, or from text; None where they are dynamic."""
         if self.calibration_file is not None:
-            return load_calibration(self.calibration_file, model).calibration
+            return load_calibration(self.calibration_file, model, self.bound_axis).calibration
         if self.input_range == "dynamic":
             return None
         tokens = jnp.asarray(windows.tokens[:, :-1])

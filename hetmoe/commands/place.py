@@ -57,6 +57,7 @@ class PlaceRequest:
     drift_compensation: bool
     calibration: Path | None
     energy_batch: int
+    energy_bytes: float
     dtype: str | None
 
     def check(self) -> AnalogSpec:
@@ -72,6 +73,10 @@ class PlaceRequest:
             )
         if self.seeds < 1 or self.energy_batch < 1:
             raise InputError(f"--seeds {self.seeds} and --energy-batch {self.energy_batch} must be at least 1")
+        if not 0 < self.energy_bytes < float("inf"):
+            raise InputError(f"--energy-bytes {self.energy_bytes!r} must be positive and finite")
+        if self.calibration is not None and self.rule != "measured":
+            raise InputError(f"--calibration is for --rule measured; rule {self.rule!r} does not run the converters")
         if self.dense and (self.budget == "per_layer" or self.rule not in DEVICE_RULES):
             raise InputError(
                 f"--dense compares modules in nats under one budget: it needs --rule {' or '.join(DEVICE_RULES)} and "
@@ -114,6 +119,10 @@ def run(request: PlaceRequest) -> None:
         costs = _costs(request, model, sample)
         if request.compare and sample is not None:
             print_comparison(console, request.rule, scores, _others(request, model, sample, spec), config)
+    if request.budget != "per_layer" and request.rule not in DEVICE_RULES:
+        console.print(
+            f"note: scores of {request.rule} of different layers are not in one unit; a global budget adds them up"
+        )
     plan = _plan(request, scores, costs, config)
     name = model_name(request.model, directory)
     title = f"{name}: {request.rule}, {request.fraction:.1%} {BUDGETS[request.budget]} digital"
@@ -142,7 +151,9 @@ def _scores(
 ) -> ModuleScores:
     if request.rule not in DEVICE_RULES or sample is None:
         return ModuleScores(experts=_expert_scores(request, model, request.rule, sample))  # pyright: ignore[reportArgumentType]
-    calibration = None if request.calibration is None else load_calibration(request.calibration, model).calibration
+    calibration = (
+        None if request.calibration is None else load_calibration(request.calibration, model, "tile").calibration
+    )
     experts = len(model.config.moe_layers) * model.config.num_experts
     batches = -(-len(sample) // 16)
     jobs = 2 if jax.default_backend() == "cpu" else 1
@@ -183,8 +194,7 @@ def _costs(request: PlaceRequest, model: Model, sample: Windows | None) -> Modul
     if request.budget != "energy":
         return module_parameters(model.config)
     share = _expert_scores(request, model, "activation_frequency", sample)
-    width = float(model.params.embed.dtype.itemsize)
-    return energy_costs(model.config, share, batch=request.energy_batch, bytes_per_weight=width)
+    return energy_costs(model.config, share, batch=request.energy_batch, bytes_per_weight=request.energy_bytes)
 
 
 def _plan(request: PlaceRequest, scores: ModuleScores, costs: ModuleScores, config: ModelConfig) -> Plan:
@@ -210,6 +220,11 @@ def _made_by(
         "seed": request.seed if request.rule in (RANDOM, *DEVICE_RULES) else None,
         "analog": describe(spec) if request.rule in DEVICE_RULES else None,
         "seeds": request.seeds if request.rule == "measured" else None,
+        "calibration": None if request.calibration is None else request.calibration.name,
+        "text": None if request.text is None else request.text.name,
+        "tokens": request.tokens,
+        "seq": request.seq,
+        "energy": [request.energy_batch, request.energy_bytes] if request.budget == "energy" else None,
         "scores": experts,
         "dense_scores": plain,
     }

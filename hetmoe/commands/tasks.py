@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -21,7 +20,7 @@ from hetmoe.analog.spec import describe
 from hetmoe.checkpoint.load import load_model, parse_dtype
 from hetmoe.commands.common import choose_text, make_console, write_json
 from hetmoe.commands.hardware import HardwareOptions
-from hetmoe.errors import InputError
+from hetmoe.errors import InputError, Interrupted
 from hetmoe.evaluate.noise_sweep import Placement
 from hetmoe.evaluate.prepare import WINDOWS_TO_CALIBRATE, noise_keys
 from hetmoe.evaluate.provenance import provenance
@@ -36,6 +35,8 @@ from hetmoe.models.model import Model, model_fingerprint
 from hetmoe.placement.plan import all_analog, all_digital, digital_count, experts_analog
 from hetmoe.placement.plan_file import load_plan
 from hetmoe.placement.scores import RULES
+from hetmoe.sweep.code_digest import code_record
+from hetmoe.sweep.setup import model_identity
 
 PLACEMENTS = {"all_digital": all_digital, "experts_analog": experts_analog, "all_analog": all_analog}
 
@@ -140,7 +141,7 @@ def run(request: TasksRequest) -> None:
     try:
         results = _run_with_progress(request, model, tasks, analog, store, console)
     except KeyboardInterrupt:
-        raise typer.Abort(f"results so far are in {request.output}; the same command goes on from there") from None
+        raise Interrupted(f"results so far are in {request.output}; the same command goes on from there") from None
     lines, averages = summarise(results)
     console.print(_table(lines, averages, f"{placement.name}, c = {request.noise_scale:g}", chips))
     console.print(
@@ -163,11 +164,12 @@ def _settings(request: TasksRequest, model: Model, placement: Placement, files: 
     return {
         "model": model.name,
         "fingerprint": model_fingerprint(model),
+        "weights_sha256": model_identity(model)["weights_sha256"],
+        "code": code_record(),
         "dtype": str(model.params.embed.dtype),
         "placement": placement.name,
         **{f"analog {name}": value for name, value in spec.items()},
-        "input_range": request.input_range,
-        "range_k": request.range_k,
+        "ranges": _ranges(request),
         "calibration text": {"sha256": text, "seq": request.seq},
         "seed": request.seed,
         "num_fewshot": request.num_fewshot,
@@ -175,6 +177,13 @@ def _settings(request: TasksRequest, model: Model, placement: Placement, files: 
         "batch_tokens": request.batch_tokens,
         "lm_eval": metadata.version("lm_eval"),
     }
+
+
+def _ranges(request: TasksRequest) -> dict[str, Any]:
+    """Where the DAC ranges come from."""
+    if request.calibration_file is None:
+        return {"input_range": request.input_range, "range_k": request.range_k}
+    return {"calibration_sha256": hashlib.sha256(request.calibration_file.read_bytes()).hexdigest()}
 
 
 def _load_tasks(request: TasksRequest, model: Model, console: Console) -> list[Any]:

@@ -16,7 +16,7 @@ from hetmoe.files import write_bytes
 from hetmoe.models.model import Model, model_fingerprint
 
 FORMAT = "hetmoe-calibration-1"
-_RECORD = {"adc_bound", "model", "tile_rows", "method", "made_by"}
+_RECORD = {"adc_bound", "bound_axis", "model", "tile_rows", "method", "made_by"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,7 @@ class SavedCalibration:
 
     calibration: Calibration
     adc_bound: float
+    bound_axis: str  # that lambda was chosen for: "tile" or "column"
     how: RangeMethod
     made_by: dict[str, Any]
 
@@ -39,6 +40,7 @@ def save_calibration(path: str | Path, saved: SavedCalibration, model: Model) ->
         "model": {"name": model.name, "fingerprint": model_fingerprint(model)},
         "tile_rows": parts.tile_rows,
         "adc_bound": saved.adc_bound,
+        "bound_axis": saved.bound_axis,
         "method": dataclasses.asdict(saved.how),
         "made_by": saved.made_by,
     }
@@ -46,11 +48,11 @@ def save_calibration(path: str | Path, saved: SavedCalibration, model: Model) ->
     write_bytes(Path(path), save(arrays, {"format": FORMAT, "record": json.dumps(record, sort_keys=True)}))
 
 
-def load_calibration(path: str | Path, model: Model) -> SavedCalibration:
-    """Reads a calibration made for this model.
+def load_calibration(path: str | Path, model: Model, bound_axis: str | None = None) -> SavedCalibration:
+    """Reads a calibration made for this model, and for ADC bounds per `bound_axis` if one is given.
 
     Raises:
-        InputError: if the file is absent or malformed, or was made for another model.
+        InputError: if the file is absent or malformed, or was made for another model or bound axis.
     """
     path = Path(path)
     content, record = _read(path)
@@ -61,6 +63,11 @@ def load_calibration(path: str | Path, model: Model) -> SavedCalibration:
             f"calibration {path}: not a calibration file ({error}); make one with 'hetmoe calibrate'"
         ) from None
     try:
+        if bound_axis not in (None, record["bound_axis"]):
+            raise InputError(
+                f"calibration {path}: lambda was chosen per {record['bound_axis']}, not per {bound_axis}: "
+                "calibrate again, or change --bound-axis"
+            )
         made_for, identity = record["model"], model_fingerprint(model)
         if made_for["fingerprint"] != identity:
             raise InputError(
@@ -80,6 +87,7 @@ def load_calibration(path: str | Path, model: Model) -> SavedCalibration:
         return SavedCalibration(
             calibration=calibration,
             adc_bound=_bound(path, record),
+            bound_axis=record["bound_axis"],
             how=RangeMethod(**record["method"]),
             made_by=record["made_by"],
         )

@@ -35,6 +35,14 @@ class ConverterSearch:
     cost: Float[np.ndarray, "methods bounds"]
     by_matrix: dict[str, Float[np.ndarray, "methods bounds"]]
 
+    def __post_init__(self) -> None:
+        if not np.isfinite(self.cost).all():
+            method, bound = np.argwhere(~np.isfinite(self.cost))[0]
+            raise InputError(
+                f"calibration: {self.methods[method]} with adc_bound={self.bounds[bound]:g} costs "
+                f"{self.cost[method, bound]}: activations overflow, perhaps for lack of range in 16 bits"
+            )
+
     @property
     def best(self) -> tuple[RangeMethod, float]:
         """The cheapest pair; of equal ones the first."""

@@ -23,7 +23,7 @@ class EvalText:
     batches: Batches
     size: TextSize
     aside: Windows | None  # for calibration; None = none is wanted
-    sample: Windows  # for rules that watch the router: `aside`, or without it the evaluated windows
+    sample: Windows  # for rules that read text: not evaluated, unless the text is too short
 
 
 def prepare_text(
@@ -49,11 +49,12 @@ def prepare_text(
     count = min(DEFAULT_TOKENS // seq, available) if tokens is None else tokens // seq
     windows, aside = split_windows(sources, max(count, 1), to_calibrate)
     choices, asked = word_questions(windows, sources, seed)
+    sample = aside if calibrate else apart(sources, len(windows), 0, WINDOWS_TO_CALIBRATE)
     return EvalText(
         batches=make_batches(windows, choices, asked, min(batch, len(windows))),
         size=TextSize(tokens=windows.byte_count.size, bytes=int(windows.byte_count.sum()), questions=int(asked.sum())),
         aside=aside if calibrate else None,
-        sample=aside if calibrate else windows,
+        sample=windows if sample is None else sample,
     )
 
 

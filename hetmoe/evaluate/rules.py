@@ -43,7 +43,14 @@ class Scorer:
         axis: Any = self.down_axis
         return np.asarray(
             score_experts(
-                self.model, rule, key=key, tokens=tokens, down_axis=axis, spec=spec, calibration=self.calibration
+                self.model,
+                rule,
+                key=key,
+                tokens=tokens,
+                down_axis=axis,
+                spec=spec,
+                calibration=self.calibration,
+                jobs=2 if jax.default_backend() == "cpu" else 1,
             )
         )
 

@@ -15,8 +15,9 @@ def knapsack(values: np.ndarray, costs: np.ndarray, budget: float) -> np.ndarray
     another state dominates (no dearer, no less valuable), or whose linear bound cannot beat the best found, are
     dropped. Items of no value are never taken, free ones of positive value always.
 
-    Costs that are not whole numbers are rounded up to 2**-40 of the budget, so that all sums are exact in float64 and
-    the budget is never passed.
+    Whole costs are summed exactly. Others are rounded to multiples of a unit of at most 2**-40 of the budget, and the
+    budget is widened by half a unit per item, so that items that fill it exactly still fit: it may be passed by that
+    much (1e-9 of itself for 2,000 items), and no choice within it is worth more than the one found.
 
     Args:
         values: what taking an item gains, `[items]`.
@@ -36,21 +37,20 @@ def knapsack(values: np.ndarray, costs: np.ndarray, budget: float) -> np.ndarray
     taken = (values > 0) & (costs == 0)
     worth = np.flatnonzero((values > 0) & (costs > 0) & (costs <= budget))
     if worth.size:
-        price = _exact(costs[worth], budget)
-        fits = price <= budget
-        worth, price = worth[fits], price[fits]
+        price, room = _exact(costs[worth], budget)
         order = np.argsort(-values[worth] / price, kind="stable")
         worth, price = worth[order], price[order]
-        taken[worth[_solve(values[worth], price, budget)]] = True
+        taken[worth[_solve(values[worth], price, room)]] = True
     return taken
 
 
-def _exact(costs: np.ndarray, budget: float) -> np.ndarray:
-    """Costs whose sums float64 holds exactly."""
+def _exact(costs: np.ndarray, budget: float) -> tuple[np.ndarray, float]:
+    """Costs whose sums float64 holds exactly, and the budget to compare them with."""
     if np.all(costs == np.floor(costs)) and costs.sum() < 2.0**53:
-        return costs
+        return costs, budget
     unit = 2.0 ** (math.floor(math.log2(budget)) - 40)
-    return np.ceil(costs / unit) * unit
+    rounded = np.maximum(np.rint(costs / unit), 1) * unit  # none becomes free
+    return rounded, (math.floor(budget / unit) + 1 + len(costs) // 2) * unit
 
 
 def _solve(values: np.ndarray, costs: np.ndarray, budget: float) -> np.ndarray:

@@ -94,7 +94,7 @@ def noise_sensitivity(
 
     Args:
         model: the model.
-        windows: text; each row predicts its tokens from the second on. One backward pass of two losses per row.
+        windows: text; each row predicts its tokens from the second on. Two backward passes per row, one per loss.
         spec: device, noise scale, time. Without a time the moments of the noise are exact; with one they are estimated
             from `chips` programmings, and the estimate of the squared bias is corrected for the error of its mean.
         key: of the sampled labels, and of the chips.

@@ -88,6 +88,7 @@ def score_experts(
     spec: AnalogSpec | None = None,
     calibration: Calibration | None = None,
     seeds: int = 8,
+    jobs: int = 1,
 ) -> Float[Array, "layers experts"]:
     """Scores every expert of every MoE layer by one of `RULES`.
 
@@ -102,6 +103,7 @@ def score_experts(
             noise_sensitivity`) and `measured` (`hetmoe.placement.measured`), whose scores are nats per token.
         calibration: DAC ranges for `measured`; None = dynamic.
         seeds: noise seeds of `measured`: `jax.random.split(key, seeds)`.
+        jobs: threads of `measured`; 2 use two CPU cores better, and no result depends on it.
 
     Raises:
         InputError: for an unknown rule, or a missing key, tokens or spec.
@@ -110,7 +112,15 @@ def score_experts(
         raise InputError(f"unknown rule {rule!r}: use one of {', '.join(RULES)}")
     if rule in DEVICE_RULES:
         found = score_modules(
-            model, rule, key=key, tokens=tokens, spec=spec, calibration=calibration, seeds=seeds, dense=False
+            model,
+            rule,
+            key=key,
+            tokens=tokens,
+            spec=spec,
+            calibration=calibration,
+            seeds=seeds,
+            dense=False,
+            jobs=jobs,
         )
         return jnp.asarray(found.experts, jnp.float32)
     moe = model.params.layers.moe

@@ -121,10 +121,14 @@ def time_figures(groups: Groups) -> list[ReportFigure]:
         just_programmed = any(c.time_s is None for c in conditions)
         if len(times) + just_programmed < 2:
             continue
-        places = [Place(key=t, x=t) for t in times]
-        if just_programmed:  # no place on a logarithmic axis: left of it, unconnected
-            places.insert(0, Place(key=None, x=times[0] / max(3.0, (times[-1] / times[0]) ** 0.2), connected=False))
-        ticks = [(place.x, "0 s" if place.key is None else time_label(place.key)) for place in places]
+        later = [t for t in times if t > 0]
+        places = [Place(key=t, x=t) for t in later]
+        # These have no place on a logarithmic axis: left of it, unconnected.
+        step = max(3.0, (later[-1] / later[0]) ** 0.2) if later else 3.0
+        for key in ([0.0] if 0 in times else []) + ([None] if just_programmed else []):
+            places.insert(0, Place(key=key, x=(places[0].x if places else 1.0) / step, connected=False))
+        just = "programmed" if 0 in times else "0 s"
+        ticks = [(place.x, just if place.key is None else time_label(place.key)) for place in places]
 
         def lookup(
             line: Line, scale: float, time_s: float | None, device: str = device, bits: int = bits

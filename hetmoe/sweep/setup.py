@@ -102,7 +102,7 @@ def make_setup(config: SweepConfig, model: Model) -> Setup:
     )  # fmt: skip
     file, calibration = config.calibration_file(), None
     if file is not None:
-        calibration = load_calibration(file, model).calibration
+        calibration = load_calibration(file, model, config.hardware.bound_axis).calibration
     elif method is not None and text.aside is not None:
         tokens = jnp.asarray(text.aside.tokens[:, :-1])
         calibration = calibrate(model.params, tokens, model.config, method, tile_rows=config.hardware.tile_rows)

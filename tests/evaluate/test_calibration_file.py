@@ -31,7 +31,7 @@ def made(seed: int = 0) -> Model:
 def saved() -> SavedCalibration:
     tokens = random_tokens(CONFIG, 1, (2, 9))
     ranges = calibrate(made().params, tokens, CONFIG, HOW, tile_rows=12)
-    return SavedCalibration(calibration=ranges, adc_bound=2.5, how=HOW, made_by={"tokens": 18})
+    return SavedCalibration(calibration=ranges, adc_bound=2.5, bound_axis="column", how=HOW, made_by={"tokens": 18})
 
 
 @pytest.fixture
@@ -46,6 +46,9 @@ def test_round_trip(path: pathlib.Path, saved: SavedCalibration) -> None:
     assert jax.tree.structure(found.calibration) == jax.tree.structure(saved.calibration)  # tile_rows too
     assert (found.adc_bound, found.how, found.made_by) == (2.5, HOW, {"tokens": 18})
     assert stored_adc_bound(path) == 2.5
+    assert load_calibration(path, made(), "column").bound_axis == "column"
+    with pytest.raises(InputError, match="per column, not per tile"):
+        load_calibration(path, made(), "tile")
 
 
 def test_another_model_is_refused(path: pathlib.Path) -> None:

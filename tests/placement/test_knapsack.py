@@ -38,17 +38,25 @@ def test_no_subset_is_better(items: list[tuple[int, int]], share: float, unit: f
 
 
 def test_costs_without_a_common_unit() -> None:
-    """The budget is never passed, and nothing is lost beyond the stated rounding of costs."""
+    """No choice within the budget is worth more, and the budget is passed by the stated rounding at most."""
     rng = np.random.default_rng(0)
     for _ in range(60):
         values, costs = rng.lognormal(size=9), rng.lognormal(size=9)
         budget = float(costs.sum() * rng.random())
         taken = knapsack(values, costs, budget)
-        assert sum(map(Fraction, costs[taken])) <= Fraction(budget)
-        room = budget * (1 - 9 * 2.0**-39)  # nine costs, each rounded up by less than 2**-40 of the budget and one unit
-        assert Fraction(float(values[taken].sum())) >= best_by_enumeration(values, costs, room) * (
-            1 - Fraction(1, 2**50)
-        )
+        assert sum(map(Fraction, costs[taken])) <= Fraction(budget) * (1 + Fraction(9 + 2, 2**40))
+        least = best_by_enumeration(values, costs, budget) * (1 - Fraction(1, 2**50))
+        assert Fraction(float(values[taken].sum())) >= least
+
+
+@pytest.mark.parametrize("count", [1, 4, 64, 1000])
+def test_items_that_fill_the_budget_exactly_fit(count: int) -> None:
+    rng = np.random.default_rng(count)
+    costs, values = rng.lognormal(size=count) * 1e-7, rng.lognormal(size=count)
+    assert knapsack(values, costs, float(costs.sum())).all()
+    alike = np.full(count, 0.1)
+    for some in {1, count // 4, count // 2, count} - {0}:
+        assert knapsack(values, alike, 0.1 * some).sum() == some
 
 
 def test_hundreds_of_items_against_dynamic_programming() -> None:

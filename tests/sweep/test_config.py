@@ -25,7 +25,8 @@ def test_defaults_are_filled_in(tmp_path: Path) -> None:
             "scoring_scale": None,
         },
         "hardware": {
-            "calibration": None, "input_range": "ema_std", "range_k": 12.0, "adc_bound": 3.0, "bound_axis": "tile", "tile_rows": 512,
+            "calibration": None, "input_range": "ema_std", "range_k": 12.0, "adc_bound": 3.0, "bound_axis": "tile",
+            "tile_rows": 512,
             "drift_compensation": False, "down_axis": "hidden",
         },
     }  # fmt: skip
