@@ -114,7 +114,7 @@ def draw(setup: Setup, seconds: dict[str, float], medians: dict[str, float]) -> 
     """Bars of seconds."""
     figure, (left, right) = panels(2, f"{setup.model.name}: {setup.text.size.tokens:,} tokens")
     left.barh(list(seconds), list(seconds.values()), color=COLOURS[0])
-    left.set(xlabel="seconds, all experts and seeds", xscale="log")
+    left.set_xlabel("seconds, all experts and seeds")
     right.barh(list(medians), list(medians.values()), color=COLOURS[1])
     right.set_xlabel("seconds, median")
     for axes in (left, right):
