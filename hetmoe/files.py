@@ -8,7 +8,7 @@ from hetmoe.errors import InputError
 
 
 def check_writable(path: Path) -> None:
-    """Raises InputError unless a file can be made at `path`. Call it before long work; it makes nothing itself."""
+    """Raises InputError unless a file can be made at `path`. Call it before long work; it leaves nothing behind."""
     if len(path.name.encode()) > 255:
         raise InputError(f"{path.name[:40]}...: a file name of more than 255 bytes")
     if path.is_dir():
@@ -16,8 +16,11 @@ def check_writable(path: Path) -> None:
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir():
         raise InputError(f"{path}: {folder} is not a directory")
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"{path}: {folder} is not writable")
+    try:
+        with tempfile.TemporaryFile(dir=folder):  # permissions alone do not tell: think of /proc
+            pass
+    except OSError as error:
+        raise InputError(f"{path}: {folder} is not writable ({error.strerror})") from None
 
 
 def check_new_directory(path: Path) -> None:
