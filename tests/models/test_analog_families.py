@@ -214,7 +214,7 @@ def test_without_dense_modules_only_routed_experts_are_programmed() -> None:
 
 
 CALIBRATION_TILES = 8  # two or three row-blocks everywhere
-HOW = RangeMethod(k=5.0, decay=0.9)
+HOW = RangeMethod(k=5.0, decay=0.9, min_tokens=1)  # experts have ranges of their own, however few tokens they saw
 
 
 @functools.cache
