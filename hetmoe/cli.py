@@ -8,6 +8,31 @@ from typing import Annotated, cast
 
 import typer
 
+from hetmoe.cli_options import (
+    ADC_BITS,
+    ADC_BOUND,
+    BOUND_AXIS,
+    CALIBRATION,
+    COMPENSATION,
+    DAC_BITS,
+    DEVICE,
+    DOWN_AXIS,
+    DTYPE,
+    INPUT_RANGE,
+    JSON_FILE,
+    MODEL,
+    RANGE_K,
+    READ_NOISE,
+    READ_NOISE_KIND,
+    RULE,
+    RUN_DTYPE,
+    SEED,
+    SEEDS,
+    SEQ,
+    TEXT,
+    TILE_ROWS,
+    TIME,
+)
 from hetmoe.errors import CheckpointWarning, InputError, Interrupted
 
 # Typer carries its own copy of click and exports only this leaf of its exceptions: take the root of usage errors.
@@ -18,46 +43,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-DEVICE_HELP = "pcm, hermes, hermes1, state_independent, reram_wan, reram_cmo, afm, additive or proportional."
-MODEL = Annotated[
-    str,
-    typer.Argument(help="Model directory, name on the hub (owner/name or owner/name@revision), or 'reference'."),
-]
-DTYPE = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")]
-RULE = Annotated[
-    str,
-    typer.Option(
-        help="max_neuron_norm, activation_frequency, activation_weight, router_norm, random, noise_sensitivity or "
-        "measured."
-    ),
-]
-DOWN_AXIS = Annotated[str, typer.Option(help="What a neuron of 'down' is: hidden or output.")]
-TEXT = Annotated[Path | None, typer.Option(help="UTF-8 text; default: the embedded held-out text.")]
-SEQ = Annotated[int, typer.Option(help="Tokens predicted per window; windows do not overlap.")]
-
-DEVICE = Annotated[str, typer.Option(help=DEVICE_HELP)]
-TIME = Annotated[float | None, typer.Option(help="Seconds from programming to reading (drift, read noise).")]
-COMPENSATION = Annotated[bool, typer.Option(help="Undo the mean drift of every tile.")]
-READ_NOISE = Annotated[float, typer.Option(help="Std of per-product read noise, normalised; 0 = off.")]
-READ_NOISE_KIND = Annotated[str, typer.Option(help="pcm (grows with the weights) or additive.")]
-INPUT_RANGE = Annotated[str, typer.Option(help="DAC ranges: ema_std, quantile, max, or dynamic.")]
-RANGE_K = Annotated[float, typer.Option(help="K of the ema_std range.")]
-ADC_BOUND = Annotated[
-    float | None,
-    typer.Option(help="Lambda: ADC bound / (input range x weight maximum); default 3, with dynamic ranges 12."),
-]
-BOUND_AXIS = Annotated[str, typer.Option(help="Weight maximum of the ADC bound: tile or column.")]
-DAC_BITS = Annotated[int, typer.Option(help="DAC bits; 0 = ideal.")]
-ADC_BITS = Annotated[int, typer.Option(help="ADC bits; 0 = ideal.")]
-TILE_ROWS = Annotated[int, typer.Option(help="Rows of a crossbar tile.")]
-CALIBRATION = Annotated[
-    Path | None, typer.Option(help="Input ranges and lambda made by 'hetmoe calibrate', instead of from text.")
-]
-SEEDS = Annotated[int, typer.Option(help="Noise seeds.")]
-SEED = Annotated[int, typer.Option(help="Base seed.")]
-RUN_DTYPE = Annotated[str, typer.Option(help="float32, bfloat16 or float16 for weights and activations.")]
-JSON_FILE = Annotated[Path | None, typer.Option("--json", help="Write results with provenance.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -197,7 +182,7 @@ def eval(  # noqa: A001
     digital: Annotated[
         list[float] | None, typer.Option(help="Fraction of digital experts; repeatable; default 0.125.")
     ] = None,
-    plan: Annotated[Path | None, typer.Option(help="Evaluate a saved plan too.")] = None,
+    plan: Annotated[list[Path] | None, typer.Option(help="Evaluate a saved plan too; repeatable.")] = None,
     device: DEVICE = "pcm",
     noise_scale: Annotated[
         list[float] | None, typer.Option(help="Scale c of programming noise; repeatable; default 1.")
@@ -231,7 +216,7 @@ def eval(  # noqa: A001
 
     run(
         EvalRequest(
-            model=model, rule=rule, fractions=[0.125] if digital is None else digital, plan=plan, device=device,
+            model=model, rule=rule, fractions=[0.125] if digital is None else digital, plans=plan or [], device=device,
             noise_scales=[1.0] if noise_scale is None else noise_scale, time_s=time,
             drift_compensation=drift_compensation, read_noise=read_noise, read_noise_kind=read_noise_kind,
             seeds=seeds, seed=seed, text=text, tokens=tokens, seq=seq,
@@ -251,7 +236,7 @@ def sweep(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory of the results; default: CONFIG without suffix.")
     ] = None,
-    extend: Annotated[bool, typer.Option(help="Add points: the axes of [grid] have only grown.")] = False,
+    extend: Annotated[bool, typer.Option(help="Add points: the axes of the grid have only grown.")] = False,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Evaluate points again that gave no number.")
     ] = False,
