@@ -48,15 +48,18 @@ def test_place_writes_a_plan_of_the_right_size(run: Run, tmp_path: Path, rule: s
 
 
 def test_eval_writes_table_record_and_picture(run: Run, tmp_path: Path) -> None:
-    plan = tmp_path / "mine.json"
+    plan, few = tmp_path / "mine.json", tmp_path / "few.json"
     run("place", "reference", "--rule", "router_norm", "--digital", "0.5", "-o", plan)
+    code, out, _ = run("place", "reference", "--digital", "0.01", "-o", few)
+    assert code == 0 and "no expert stays digital" in out
     code, out, err = run(
         "eval", "reference", *SMALL, "--digital", "0.25", "--noise-scale", "0", "--noise-scale", "20", "--plan", plan,
-        "--json", tmp_path / "r.json", "--plot", tmp_path / "r.png",
+        "--plan", few, "--json", tmp_path / "r.json", "--plot", tmp_path / "r.png",
     )  # fmt: skip
     assert code == 0, err
     record = json.loads((tmp_path / "r.json").read_text())
-    names = ["all analog", "experts analog", "plan mine", "max_neuron_norm 25.0% digital", "random 25.0% digital"]
+    rules = ["max_neuron_norm 25.0% digital", "random 25.0% digital"]
+    names = ["all analog", "experts analog", "plan mine", "plan few", *rules]
     assert list(dict.fromkeys(p["placement"] for p in record["points"])) == names
     assert all(name in out for name in names)
     assert record["text"]["tokens"] == 512 and record["options"]["seeds"] == 2 and len(record["seed_keys"]) == 2
@@ -65,6 +68,14 @@ def test_eval_writes_table_record_and_picture(run: Run, tmp_path: Path) -> None:
     digital = record["digital"]["perplexity"][0]
     assert all(len(values) == 2 and min(values) > digital for values in noisy.values())
     assert sum(noisy["all analog"]) > sum(noisy["experts analog"]) > sum(noisy["plan mine"])
+    assert noisy["plan few"] == noisy["experts analog"]
+    # 6 291 456 weights of experts, half of them digital or none, and 786 432 of attention and head, always digital.
+    assert "plan mine: 55.6%" in out and "plan few: 11.1%" in out
+    pairs = {(d["placement"], d["minus"]) for d in record["paired_differences"]["of"] if d["noise_scale"] == 20}
+    assert pairs == {
+        *((name, "experts analog") for name in names[2:]), *(("plan mine", name) for name in names[3:]),
+        *(("plan few", name) for name in rules), tuple(rules),
+    }  # fmt: skip
     assert re.search(rf"all digital\s+│\s+{digital:.2f}", out)
     with Image.open(tmp_path / "r.png") as picture:
         assert picture.size[0] > 1000
@@ -123,6 +134,7 @@ BAD_EVAL = [
     (("--dtype", "int8"), "dtype 'int8' is unknown"),
     (("--text", "absent.txt"), "absent.txt: cannot be read"),
     (("--plan", "absent.json"), "plan absent.json: no such file"),
+    (("--plan", "a/p.json", "--plan", "b/p.json"), "each plan only once"),
 ]
 
 

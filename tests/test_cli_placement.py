@@ -45,7 +45,7 @@ def test_calibration_is_searched_saved_and_reused(run: Run, tmp_path: Path, mode
     layer, expert = np.argwhere(seen < 20)[0]
     assert f"{(seen < 20).sum()} of 128 experts saw fewer than 20 tokens" in out
     assert f"layer {layer}: experts (tokens) {expert} ({seen[layer, expert]:.0f})" in out
-    assert "apart from what hetmoe eval evaluates" in out and "edge of the grid" in out
+    assert "apart from what hetmoe eval evaluates" in out and "at the edge of the grid: ranges and lambda" in out
     code, out, err = run(
         "eval", "reference", "--calibration", path, "--tokens", 128, "--seq", 64, "--seeds", 1, "--noise-scale", 0,
         "--json", tmp_path / "r.json",

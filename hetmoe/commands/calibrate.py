@@ -118,7 +118,7 @@ def run(request: CalibrateRequest) -> None:
     calibration = calibration_from(statistics, how)
     console.print(f"chosen: {_name(how)}, lambda = {bound:g}")
     if edges:
-        console.print(f"the best {' and '.join(edges)} lie at the edge of the grid: a wider one may hold better ones")
+        console.print(f"at the edge of the grid: {' and '.join(edges)}; a wider one may hold something better")
     _print_fallbacks(console, calibration, how, model.config)
     if request.output is not None:
         made_by = _made_by(request, files, windows.byte_count.size, search)

@@ -31,7 +31,8 @@ from hetmoe.evaluate.provenance import provenance
 from hetmoe.evaluate.rules import Scorer, scoring_scale
 from hetmoe.files import check_writable, write_bytes
 from hetmoe.models.model import Model, model_fingerprint
-from hetmoe.placement.plan import Plan, all_analog, digital_count, experts_analog
+from hetmoe.placement.parameters import digital_parameters
+from hetmoe.placement.plan import all_analog, digital_count, experts_analog
 from hetmoe.placement.plan_file import load_plan
 from hetmoe.placement.scores import RANDOM, RULES
 
@@ -43,7 +44,7 @@ class EvalRequest(HardwareOptions):
     model: str
     rule: str
     fractions: list[float]
-    plan: Path | None
+    plans: list[Path]
     noise_scales: list[float]
     seeds: int
     seed: int
@@ -72,6 +73,8 @@ class EvalRequest(HardwareOptions):
             digital_count(fraction, 1)
         if len(set(self.noise_scales)) != len(self.noise_scales) or len(set(self.fractions)) != len(self.fractions):
             raise InputError("--noise-scale and --digital may each name a value only once")
+        if len({path.stem for path in self.plans}) != len(self.plans):
+            raise InputError("--plan may name each plan only once; results are listed by file name")
         self.check_hardware(self.noise_scales)
         parse_dtype(self.dtype)
         for path in (self.json_file, self.plot):
@@ -87,7 +90,7 @@ def run(request: EvalRequest) -> None:
     model = load_model(request.model, request.dtype)
     if request.seq > model.config.max_position_embeddings:
         raise InputError(f"--seq {request.seq} exceeds the model's context of {model.config.max_position_embeddings}")
-    saved = None if request.plan is None else load_plan(request.plan, model)
+    saved = [Placement(name=f"plan {path.stem}", plans=[load_plan(path, model)]) for path in request.plans]
     files = choose_text(request.text)
     text = prepare_text(
         model, files, tokens=request.tokens, seq=request.seq, batch=request.batch, seed=request.seed,
@@ -104,6 +107,9 @@ def run(request: EvalRequest) -> None:
         model=model, sample=text.sample, down_axis=request.down_axis, seed=request.seed, calibration=calibration
     )
     placements = make_placements(request, scorer, saved)
+    for placement in saved:
+        share, of = digital_parameters(placement.plans[0], model.config)
+        console.print(f"{placement.name}: {share / of:.1%} of the parameters that could be on crossbars are digital")
     digital = digital_point(model, batches, size)
     points = _sweep(request, model, calibration, placements, keys, batches, size, console)
     seconds = time.perf_counter() - started
@@ -118,7 +124,7 @@ def run(request: EvalRequest) -> None:
             continue
         for table in metric_tables(title, metric, factor, digital, points, console):
             console.print(table)
-    paired = differences("perplexity", points, _pairs(request, placements))
+    paired = differences("perplexity", points, _pairs(request, saved, placements))
     for table in difference_tables("Perplexity, paired differences: mean [95 % interval]", paired, console):
         console.print(table)
     console.print(f"mean ± standard error over {request.seeds} seeds; done in {seconds:.0f} s")
@@ -131,30 +137,32 @@ def run(request: EvalRequest) -> None:
         console.print(f"results: {request.json_file}")
 
 
-def make_placements(request: EvalRequest, scorer: Scorer, saved: Plan | None) -> list[Placement]:
-    """All analog, experts analog, the rule at every fraction, random at every fraction, and a saved plan."""
+def make_placements(request: EvalRequest, scorer: Scorer, saved: list[Placement]) -> list[Placement]:
+    """All analog, experts analog, saved plans, the rule at every fraction, random at every fraction."""
     config = scorer.model.config
     lines = [
         Placement(name="all analog", plans=[all_analog(config)]),
         Placement(name="experts analog", plans=[experts_analog(config)]),
+        *saved,
     ]
-    if request.plan is not None and saved is not None:
-        lines.append(Placement(name=f"plan {request.plan.stem}", plans=[saved]))
     spec = request.spec(scoring_scale(request.noise_scales))
     for rule in dict.fromkeys((request.rule, RANDOM)):
         lines.extend(scorer.placements(rule, request.fractions, request.seeds, spec))
     return lines
 
 
-def _pairs(request: EvalRequest, placements: list[Placement]) -> list[tuple[str, str]]:
-    """What is compared chip by chip: every partial placement with all experts analog, the rule with random."""
-    names = [p.name for p in placements]
-    pairs = [(name, "experts analog") for name in names[2:]]
-    return pairs + [
-        (name, name.replace(request.rule, RANDOM, 1))
-        for name in names
-        if name.startswith(f"{request.rule} ") and request.rule != RANDOM
-    ]
+def _pairs(request: EvalRequest, saved: list[Placement], placements: list[Placement]) -> list[tuple[str, str]]:
+    """What is compared chip by chip.
+
+    Every partial placement with all experts analog, saved plans with every line below them, the rule with random.
+    """
+    partial = [p.name for p in placements[2:]]
+    pairs = [(name, "experts analog") for name in partial]
+    pairs += [(plan.name, name) for n, plan in enumerate(saved) for name in partial[n + 1 :]]
+    if request.rule != RANDOM:
+        by_rule = [name for name in partial[len(saved) :] if name.startswith(f"{request.rule} ")]
+        pairs += [(name, name.replace(request.rule, RANDOM, 1)) for name in by_rule]
+    return pairs
 
 
 def _sweep(
@@ -176,6 +184,7 @@ def _record(
     paired: list[Difference], seconds: float,
 ) -> dict[str, Any]:  # fmt: skip
     options = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(request).items()}
+    options["plans"] = [str(path) for path in request.plans]
     keys = noise_keys(request.seed, request.seeds)
     return {
         "format": "hetmoe-eval-1",

@@ -127,6 +127,8 @@ def run(request: PlaceRequest) -> None:
     name = model_name(request.model, directory)
     title = f"{name}: {request.rule}, {request.fraction:.1%} {BUDGETS[request.budget]} digital"
     print_experts(console, title, np.asarray(scores.experts), plan, config)
+    if np.asarray(plan.experts).all():
+        console.print("note: no expert stays digital: the fraction is too small for a single one")
     if request.dense:
         print_dense(console, scores, plan)
     if request.output is not None:

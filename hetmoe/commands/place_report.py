@@ -20,7 +20,7 @@ def print_experts(console: Console, title: str, scores: np.ndarray, plan: Plan, 
     for layer, row, analog in zip(config.moe_layers, scores, np.asarray(plan.experts), strict=True):
         digital = [e for e in np.argsort(-row, kind="stable") if not analog[e]]
         spread = (f"{v:.4g}" for v in (row.min(), np.median(row), row.max()))
-        relative = f"{row.std() / row.mean():.1%}" if row.mean() else "-"
+        relative = f"{row.std() / row.mean():.1%}" if row.min() > 0 else "-"  # of scores of both signs it says nothing
         table.add_row(str(layer), *spread, relative, " ".join(str(e) for e in digital) or "none")
     console.print(table)
 
