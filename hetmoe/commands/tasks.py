@@ -32,13 +32,11 @@ from hetmoe.evaluate.tasks.summary import Line, summarise, ties_note
 from hetmoe.evaluate.text import Windows, load_windows, split_windows
 from hetmoe.files import check_writable
 from hetmoe.models.model import Model, model_fingerprint
-from hetmoe.placement.plan import all_analog, all_digital, digital_count, experts_analog
+from hetmoe.placement.plan import PLACEMENTS, digital_count
 from hetmoe.placement.plan_file import load_plan
 from hetmoe.placement.scores import RULES
 from hetmoe.sweep.code_digest import code_record
 from hetmoe.sweep.setup import model_identity
-
-PLACEMENTS = {"all_digital": all_digital, "experts_analog": experts_analog, "all_analog": all_analog}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -59,6 +59,10 @@ def all_analog(config: ModelConfig) -> Plan:
     return Plan(**{name: jnp.ones(shape, bool) for name, shape in plan_shapes(config).items()})
 
 
+# Placements that need no scores, by the names that `hetmoe tasks --placement` and a sweep's config give them.
+PLACEMENTS = {"all_digital": all_digital, "experts_analog": experts_analog, "all_analog": all_analog}
+
+
 def digital_count(fraction: float, experts: int) -> int:
     """`floor(fraction * experts + 0.5)` experts of each layer are digital.
 

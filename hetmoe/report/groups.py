@@ -8,7 +8,7 @@ import numpy as np
 
 from hetmoe.errors import InputError
 from hetmoe.evaluate.statistics import Interval, mean_interval, paired_difference
-from hetmoe.sweep.points import SweepPoint
+from hetmoe.sweep.points import same_for_every_seed
 from hetmoe.sweep.store import SweepRecord, SweepResult
 
 REFERENCE = "all_digital"  # without noise: one point for the whole sweep
@@ -99,8 +99,7 @@ class Measured:
     @property
     def same_for_every_seed(self) -> bool:
         """Nothing is random here: the sweep evaluates such a point for the first seed only."""
-        point = next(iter(self.by_seed.values())).point
-        return is_quiet(point)
+        return same_for_every_seed(next(iter(self.by_seed.values())).point)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,11 +147,6 @@ def bits_label(bits: int) -> str:
 def percent(share: float) -> str:
     """A share as a percentage, without needless digits."""
     return f"{100 * share:.4g} %"
-
-
-def is_quiet(point: SweepPoint) -> bool:
-    """Whether no seed changes anything: no programming noise, no drift, and a placement that is not drawn."""
-    return point.noise_scale == 0 and point.time_s is None and point.placement != "random"
 
 
 def difference(a: Measured, b: Measured, metric: Metric) -> Estimate | None:

@@ -14,12 +14,11 @@ from hetmoe.errors import InputError
 from hetmoe.evaluate.calibration_file import stored_adc_bound
 from hetmoe.evaluate.prepare import DEFAULT_TOKENS
 from hetmoe.evaluate.rules import scoring_scale
-from hetmoe.placement.plan import digital_count
+from hetmoe.placement.plan import PLACEMENTS, digital_count
 from hetmoe.placement.scores import DEVICE_RULES, RULES, check_down_axis
 from hetmoe.sweep.toml_table import TomlTable
 
 PROGRAMMED = "programmed"  # the time of a reading with programming noise only
-PLACEMENTS = ("all_digital", "experts_analog", "all_analog")
 LARGEST_SEED = 2**32 - 1  # a key holds 32 bits of it
 
 
@@ -156,7 +155,7 @@ def _text(table: TomlTable) -> TextConfig:
 
 def _grid(table: TomlTable) -> GridConfig:
     config = GridConfig(
-        placements=tuple(table.texts("placements", PLACEMENTS, of=PLACEMENTS)),
+        placements=tuple(table.texts("placements", tuple(PLACEMENTS), of=PLACEMENTS)),
         rules=tuple(table.texts("rules", (), of=RULES)),
         fractions=tuple(table.numbers("fractions", ())),
         devices=tuple(table.texts("devices", of=DEVICES)),

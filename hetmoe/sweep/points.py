@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator
 
+from hetmoe.analog.spec import analog_spec
 from hetmoe.errors import InputError
 from hetmoe.evaluate.noise_sweep import is_quiet
 from hetmoe.placement.scores import DEVICE_RULES, RANDOM
@@ -46,6 +47,17 @@ def point_id(point: SweepPoint) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
+def same_for_every_seed(point: SweepPoint) -> bool:
+    """Whether no seed changes anything: a placement that is not drawn, on hardware where nothing is random."""
+    if point.placement in {ALL_DIGITAL, RANDOM}:
+        return point.placement == ALL_DIGITAL
+    return _quiet(point.device, point.noise_scale, point.time_s)
+
+
+def _quiet(device: str, noise_scale: float, time_s: float | None) -> bool:
+    return is_quiet(noise_scale, analog_spec(device, noise_scale=noise_scale, time_s=time_s))
+
+
 def score_name(rule: str, device: str) -> str:
     """Which scores place a point: those of its rule, for its device where that matters."""
     return f"{rule} ({device})" if rule in DEVICE_RULES else rule
@@ -59,8 +71,7 @@ def scored_rule(name: str) -> str:
 def expand(config: SweepConfig) -> list[SweepPoint]:
     """All points of the grid, those of one compiled program side by side.
 
-    Where nothing is random (`is_quiet`, and a placement that is not drawn) only seed 0 exists; without analog parts
-    there is a single point.
+    Where nothing is random (`same_for_every_seed`) only seed 0 exists; without analog parts there is a single point.
 
     Raises:
         InputError: for a grid beyond `MOST_POINTS`.
@@ -80,7 +91,7 @@ def _analog_points(config: SweepConfig) -> Iterator[SweepPoint]:
     with_dense = [(ALL_ANALOG, None)] if ALL_ANALOG in grid.placements else []
     hardware = itertools.product(grid.devices, grid.bits, grid.times, (without_dense, with_dense), grid.noise_scales)
     for device, bits, time_s, lines, scale in hardware:
-        quiet = is_quiet(scale, config.spec(device, scale, time_s, bits))
+        quiet = _quiet(device, scale, time_s)
         for seed in range(grid.seeds):
             for placement, fraction in lines:
                 if seed == 0 or not quiet or placement == RANDOM:

@@ -45,9 +45,9 @@ def early_identity(config: SweepConfig) -> dict[str, Any]:
         InputError: for unusable text.
     """
     text = {}
-    for file in text_files(config):
+    for name, file in zip(config.text.files or (f.name for f in heldout_files()), text_files(config), strict=True):
         read_text(file)
-        text[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+        text[name] = hashlib.sha256(file.read_bytes()).hexdigest()
     file = config.calibration_file()
     digest = None if file is None else hashlib.sha256(file.read_bytes()).hexdigest()
     return {"config": config.record(), "text": text, "calibration": digest, "code": code_record()}

@@ -10,14 +10,13 @@ import numpy as np
 from hetmoe.evaluate.noise_sweep import make_point, not_a_number
 from hetmoe.evaluate.run import Totals, evaluate_digital, evaluate_seeds
 from hetmoe.placement.parameters import digital_parameters
-from hetmoe.placement.plan import Plan, all_analog, all_digital, experts_analog, place, stack_plans
+from hetmoe.placement.plan import PLACEMENTS, Plan, place, stack_plans
 from hetmoe.placement.scores import RANDOM, score_experts
 from hetmoe.sweep.ledger import Ledger, Timing, now_utc
 from hetmoe.sweep.points import ALL_DIGITAL, SweepPoint, score_name
 from hetmoe.sweep.setup import Setup
 from hetmoe.sweep.store import Failure, Measurement
 
-_PLACEMENTS = {"all_digital": all_digital, "experts_analog": experts_analog, "all_analog": all_analog}
 SECONDS_BETWEEN_LOOKS = 1.0  # for points that others have claimed
 
 
@@ -56,7 +55,7 @@ def work(
 def make_plan(setup: Setup, point: SweepPoint) -> Plan:
     """Which modules of a point are analog."""
     if point.fraction is None:
-        return _PLACEMENTS[point.placement](setup.model.config)
+        return PLACEMENTS[point.placement](setup.model.config)
     if point.placement == RANDOM:
         key = setup.placement_keys[point.seed_index]
         scores = np.asarray(score_experts(setup.model, RANDOM, key=key))

@@ -55,7 +55,7 @@ def make_record(
         for scale in scales:
             shared = random.normal(0, 1, seeds)
             for placement, fraction in lines:
-                quiet = scale == 0 and time_s is None and placement != "random"
+                quiet = scale == 0 and (time_s is None or device == "reram_wan") and placement != "random"
                 for seed in range(1 if quiet else seeds):
                     harm = scale * (1 - _STRENGTH.get(placement, 1.0) * (fraction or 0)) / 10
                     harm *= 1 if time_s is None else 1 + 0.1 * math.log10(time_s)

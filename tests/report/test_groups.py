@@ -49,10 +49,11 @@ def test_differences_pair_equal_seeds(synthetic) -> None:
     np.testing.assert_allclose([found.interval.low, found.interval.high], test, rtol=1e-9)
 
 
-def test_a_result_without_noise_pairs_with_every_seed(synthetic) -> None:
-    record = synthetic.make_record()
+@pytest.mark.parametrize("condition", [CONDITION, Condition(device="reram_wan", time_s=86400.0, bits=8)])
+def test_a_result_without_noise_pairs_with_every_seed(synthetic, condition) -> None:
+    record = synthetic.make_record(devices=(condition.device,), times=(condition.time_s,))
     groups = group(record)
-    drawn, fixed = groups.measured[CONDITION, 0.0, RANDOM], groups.measured[CONDITION, 0.0, RULE]
+    drawn, fixed = groups.measured[condition, 0.0, RANDOM], groups.measured[condition, 0.0, RULE]
     assert len(fixed.by_seed) == 1
     for found, sign in ((difference(fixed, drawn, BITS), 1), (difference(drawn, fixed, BITS), -1)):
         own = values(record, RULE, 0.0, "bits_per_byte")[0] - np.array(

@@ -355,3 +355,19 @@ def test_a_calibration_file_gives_ranges_and_bound_and_is_part_of_what_a_store_i
     config.write_text(config.read_text() + "range_k = 3.0\n")
     with pytest.raises(InputError, match="leave out input_range and range_k"):
         read_config(config)
+
+
+def test_texts_of_one_name_are_told_apart(write_config: Write, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.txt").write_text(f"{name} text")
+    path = write_config(**ONE)
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("files")]
+    where = lines.index("[text]") + 1
+    path.write_text("\n".join([*lines[:where], 'files = ["a/x.txt", "b/x.txt"]', *lines[where:]]))
+    before = early_identity(read_config(path))["text"]
+    for name in ("a", "b"):
+        (tmp_path / name / "x.txt").write_text("another")
+        after = early_identity(read_config(path))["text"]
+        assert {file for file in after if after[file] != before[file]} == {f"{name}/x.txt"}
+        before = after
