@@ -91,6 +91,12 @@ class PlaceRequest:
         )  # fmt: skip
 
     @property
+    def reads_text(self) -> bool:
+        """Whether anything asked for depends on text."""
+        by_rule = self.rule.startswith("activation") or self.rule in DEVICE_RULES
+        return by_rule or self.budget == "energy" or self.compare
+
+    @property
     def key(self) -> jax.Array:
         """Of the rule's own draws; chips that a rule is measured on are not those that `hetmoe eval` programs."""
         key = jax.random.key(self.seed)
@@ -118,7 +124,10 @@ def run(request: PlaceRequest) -> None:
         scores = _scores(request, model, sample, spec, console)
         costs = _costs(request, model, sample)
         if request.compare and sample is not None:
-            print_comparison(console, request.rule, scores, _others(request, model, sample, spec), config)
+            title = f"Spearman correlation with {request.rule} ({request.device}, c = {request.noise_scale:g})"
+            if request.rule != "measured":
+                title += "; for 'measured', which takes long, give --rule measured"
+            print_comparison(console, title, scores, _others(request, model, sample, spec), config)
     if request.budget != "per_layer" and request.rule not in DEVICE_RULES:
         console.print(
             f"note: scores of {request.rule} of different layers are not in one unit; a global budget adds them up"
@@ -140,8 +149,7 @@ def run(request: PlaceRequest) -> None:
 
 def _sample(request: PlaceRequest, model: Model) -> Windows | None:
     """Text for the rules that need some."""
-    needs_text = request.rule.startswith("activation") or request.rule in DEVICE_RULES
-    if not (needs_text or request.budget == "energy" or request.compare):
+    if not request.reads_text:
         return None
     if request.seq > model.config.max_position_embeddings:
         raise InputError(f"--seq {request.seq} exceeds the model's context of {model.config.max_position_embeddings}")
@@ -212,7 +220,7 @@ def _made_by(
 ) -> dict[str, Any]:
     named = {f.name: getattr(scores, f.name) for f in dataclasses.fields(scores)}
     plain = {name: np.asarray(value, np.float64).tolist() for name, value in named.items() if value is not None}
-    experts = plain.pop("experts")
+    experts, read_text = plain.pop("experts"), request.reads_text
     return {
         "rule": request.rule,
         "digital_fraction": request.fraction,
@@ -224,8 +232,8 @@ def _made_by(
         "seeds": request.seeds if request.rule == "measured" else None,
         "calibration": None if request.calibration is None else request.calibration.name,
         "text": None if request.text is None else request.text.name,
-        "tokens": request.tokens,
-        "seq": request.seq,
+        "tokens": request.tokens if read_text else None,
+        "seq": request.seq if read_text else None,
         "energy": [request.energy_batch, request.energy_bytes] if request.budget == "energy" else None,
         "scores": experts,
         "dense_scores": plain,

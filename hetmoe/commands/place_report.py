@@ -42,10 +42,10 @@ def print_dense(console: Console, scores: ModuleScores, plan: Plan) -> None:
 
 
 def print_comparison(
-    console: Console, rule: str, scores: ModuleScores, others: dict[str, np.ndarray], config: ModelConfig
+    console: Console, title: str, scores: ModuleScores, others: dict[str, np.ndarray], config: ModelConfig
 ) -> None:
     """Spearman correlation of other rules' scores with this rule's, per layer and over all experts."""
-    table = Table(title=f"Spearman correlation with {rule}", title_justify="left")
+    table = Table(title=title, title_justify="left")
     table.add_column("rule")
     for layer in config.moe_layers:
         table.add_column(f"layer {layer}", justify="right")

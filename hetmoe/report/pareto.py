@@ -105,7 +105,8 @@ def pareto_figures(groups: Groups) -> list[ReportFigure]:
                 title=f"Cost and quality: {condition.label}",
                 caption=f"{metric_names(metrics)} (vertical, means over seeds with 95 % confidence intervals) against "
                 "the share of all parameters of crossbar-capable modules that stays digital (horizontal), one row per "
-                f"noise scale c. Grey steps: the front of placements that no other beats in both.{hidden}",
+                "noise scale c. Grey steps: the front of placements whose mean no other beats at as small a share; "
+                f"neighbours whose intervals overlap may change places with other seeds.{hidden}",
                 figure=drawn.figure,
             )
         )

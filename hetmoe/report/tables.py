@@ -107,7 +107,7 @@ def fronts(groups: Groups, condition: Condition) -> Table:
                 for p in best
             )
     return Table(
-        caption=f"Placements on the front of digital share and quality; {condition.label}",
+        caption=f"Placements on the front of digital share and quality, by their means over seeds; {condition.label}",
         header=["noise scale", "metric", "placement", "parameters kept digital", "mean ± standard error (n seeds)"],
         rows=rows,
     )

@@ -61,7 +61,7 @@ def test_a_result_without_noise_pairs_with_every_seed(synthetic, condition) -> N
         )
         assert found.mean == pytest.approx(sign * own.mean()) and found.count == 4
         assert found.interval.standard_error == pytest.approx(stats.sem(own))
-    both = difference(fixed, groups.measured[CONDITION, 0.0, ANALOG], BITS)
+    both = difference(fixed, groups.measured[condition, 0.0, ANALOG], BITS)
     assert both.count == 1 and both.interval is None
 
 
