@@ -13,14 +13,13 @@ largest noise scale, as in `hetmoe eval`.
 How well scores order experts is their Spearman correlation with the loss increase measured for every expert alone (on
 the scoring text, at `--measured-scale`), per layer and over all experts. That measurement has noise of its own: its
 correlation between two halves of its seeds is shown, and, by Spearman and Brown, the most that a perfect rule would
-reach. Cost: about ten minutes on two CPU cores.
+reach. Cost: about twelve minutes on two CPU cores.
 
 Paper: MaxNNScore beats the other rules at every c; 12.5 to 25 % of experts recover a third to a half or more of the
 loss.
-The reference model agrees in part. The stored results hold c = 2.5 and 5 only, to save time (`--noise-scale 2.5
---noise-scale 5`). At c = 5, 12.5 and 25 % digital recover 27 and 46 % by max_neuron_norm, 15 and 29 % at random, 20 and
-34 % by router_norm, but 38 and 59 % by activation_weight, as much as by noise_sensitivity (38 and 59 %) and measured
-(38 and 60 %). Norms alone miss how much an expert is used: the correlation with the measured loss is 0.46 for
+The reference model agrees in part. At c = 5, 12.5 and 25 % digital recover 27 and 46 % by max_neuron_norm, 15 and 29 %
+at random, 20 and 34 % by router_norm, but 38 and 59 % by activation_weight, hardly less than by noise_sensitivity (39
+and 59 %) and measured (41 and 60 %). Norms alone miss how much an expert is used: the correlation with the measured loss is 0.46 for
 max_neuron_norm, 0.71 for activation_weight and 0.85 for noise_sensitivity, of 0.93 possible.
 """
 
