@@ -19,8 +19,8 @@ Paper: MaxNNScore beats the other rules at every c; 12.5 to 25 % of experts reco
 loss.
 The reference model agrees in part. At c = 5, 12.5 and 25 % digital recover 27 and 46 % by max_neuron_norm, 15 and 29 %
 at random, 20 and 34 % by router_norm, but 38 and 59 % by activation_weight, hardly less than by noise_sensitivity (39
-and 59 %) and measured (41 and 60 %). Norms alone miss how much an expert is used: the correlation with the measured loss is 0.46 for
-max_neuron_norm, 0.71 for activation_weight and 0.85 for noise_sensitivity, of 0.93 possible.
+and 59 %) and measured (41 and 60 %). Norms alone miss how much an expert is used: the correlation with the measured
+loss is 0.46 for max_neuron_norm, 0.71 for activation_weight and 0.85 for noise_sensitivity, of 0.93 possible.
 """
 
 import dataclasses

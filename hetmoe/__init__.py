@@ -2,7 +2,7 @@
 
 from hetmoe.analog.calibration import Calibration, RangeMethod, calibration_from
 from hetmoe.analog.devices import DEVICES, get_device
-from hetmoe.analog.programming import ProgrammedWeights, program
+from hetmoe.analog.programming import ProgrammedWeights, SeededWeights, program, seeded_weights
 from hetmoe.analog.read_noise import ReadNoise, make_read_noise
 from hetmoe.analog.spec import AnalogSpec, analog_spec
 from hetmoe.checkpoint.load import load_model
@@ -36,6 +36,7 @@ __all__ = [
     "ProgrammedWeights",
     "RangeMethod",
     "ReadNoise",
+    "SeededWeights",
     "all_analog",
     "all_digital",
     "analog_spec",
@@ -59,4 +60,5 @@ __all__ = [
     "save_plan",
     "score_experts",
     "score_modules",
+    "seeded_weights",
 ]

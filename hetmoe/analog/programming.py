@@ -1,17 +1,22 @@
 """From weights and a key to what the crossbars really hold."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from hetmoe.analog.devices import Stream, global_drift_compensation, group_range
+from hetmoe.analog.devices import Programmed, Stream, global_drift_compensation, group_range
 from hetmoe.analog.random import matrix_normal, require_key
 from hetmoe.analog.spec import AnalogSpec
 from hetmoe.analog.tiles import block_max
+from hetmoe.errors import InputError
 from hetmoe.models.matrices import Matrix, crossbar_matrices
 from hetmoe.models.params import DenseLayer, Layer, Params
 from hetmoe.ops.narrow import take
+
+Programming = Literal["layer", "kernel"]
 
 
 @struct.dataclass
@@ -34,6 +39,47 @@ class ProgrammedWeights:
     lm_head: ProgrammedMatrix | None
 
 
+@struct.dataclass
+class SeededMatrix:
+    """A matrix that is programmed where it is used, with the values that `program` would have stored."""
+
+    key: jax.Array  # of the seed, folded with the layer and the matrix; leading layer axis in a stack
+
+
+@struct.dataclass
+class SeededWeights:
+    """One noise seed as its key: weights are programmed in the forward pass, anew in every call (`seeded_weights`)."""
+
+    key: jax.Array
+    dense: bool = struct.field(pytree_node=False)
+    when: Programming = struct.field(pytree_node=False)
+
+
+def seeded_weights(key: jax.Array, *, dense: bool, when: Programming) -> SeededWeights:
+    """What `program` returns, as a key: the same weights, but never all of them at once.
+
+    | programmed | memory beside the clean weights | programming is done |
+    |---|---|---|
+    | `program(...)` | all matrices, for every seed | once |
+    | `when="layer"` | those of one layer | in every forward pass, layer by layer |
+    | `when="kernel"` | one matrix, with `implementation="pallas"` none | in every forward pass, at every product; a \
+    kernel does it once for the blocks of rows that it multiplies together, and the maxima that the ADCs need cost a \
+    second time |
+
+    Args:
+        key: the noise seed, a scalar threefry key.
+        dense: also program what is outside the routed experts (needed by plans that put any of it on crossbars).
+        when: `"layer"` or `"kernel"`.
+
+    Raises:
+        TypeError: if the key is not a threefry key.
+        InputError: for another `when`.
+    """
+    if when not in ("layer", "kernel"):
+        raise InputError(f"when={when!r} must be 'layer' or 'kernel'; program() stores all weights at once")
+    return SeededWeights(key=require_key(key), dense=dense, when=when)
+
+
 def program_matrix(key: jax.Array, w: Float[Array, "K N"], spec: AnalogSpec, *, expert: Array | int) -> Array:
     """Programs one matrix; float32 [K, N].
 
@@ -45,17 +91,26 @@ def program_matrix(key: jax.Array, w: Float[Array, "K N"], spec: AnalogSpec, *, 
 
     The draw of element (i, j) of a stream depends on the key, the stream, the expert and `i * N + j` only.
     """
+    result = drawn_matrix(key, w, spec, expert=expert)
+    if spec.drift_compensation:
+        return global_drift_compensation(result.initial, result.at_time, spec.options.tile_rows)
+    return result.at_time
+
+
+def drawn_matrix(key: jax.Array, w: Float[Array, "K N"], spec: AnalogSpec, *, expert: Array | int) -> Programmed:
+    """As `program_matrix`, but without drift compensation: right after programming, and at the time of reading."""
 
     def draw(stream: Stream) -> Array:
-        return matrix_normal(jax.random.fold_in(jax.random.fold_in(key, stream), expert), (w.shape[0], w.shape[1]))
+        return matrix_normal(stream_key(key, stream, expert), (w.shape[0], w.shape[1]))
 
-    device, tile_rows = spec.device, spec.options.tile_rows
-    target = w.astype(jnp.float32)
-    scale = group_range(target, device.scale_group, tile_rows)
-    result = device.program(target, scale=scale, draw=draw, noise_scale=spec.noise_scale, time_s=spec.time_s)
-    if spec.drift_compensation:
-        return global_drift_compensation(result.initial, result.at_time, tile_rows)
-    return result.at_time
+    device, target = spec.device, w.astype(jnp.float32)
+    scale = group_range(target, device.scale_group, spec.options.tile_rows)
+    return device.program(target, scale=scale, draw=draw, noise_scale=spec.noise_scale, time_s=spec.time_s)
+
+
+def stream_key(key: jax.Array, stream: Stream | int, expert: Array | int) -> jax.Array:
+    """Key of one stream of one expert's matrix."""
+    return jax.random.fold_in(jax.random.fold_in(key, stream), expert)
 
 
 def program_named(
@@ -65,11 +120,33 @@ def program_named(
 
     `layer` is the number that `program` folds into the key.
     """
-    base = jax.random.fold_in(jax.random.fold_in(key, layer), Matrix[name.upper()])
-    stored = program_matrix(base, w, spec, expert=expert).astype(w.dtype)
+    return _stored(matrix_key(key, name, layer), w, spec, expert)
+
+
+def matrix_key(key: jax.Array, name: str, layer: Array | int) -> jax.Array:
+    """Key of the matrix `name` of a layer."""
+    return jax.random.fold_in(jax.random.fold_in(key, layer), Matrix[name.upper()])
+
+
+def _stored(key: jax.Array, w: Array, spec: AnalogSpec, expert: Array | int) -> ProgrammedMatrix:
+    stored = program_matrix(key, w, spec, expert=expert).astype(w.dtype)
     per_column = spec.options.bound_axis == "column"
     maxima = block_max(stored.astype(jnp.float32), spec.options.tile_rows, per_column=per_column)
     return ProgrammedMatrix(w=stored, weight_max=maxima)
+
+
+def realise(
+    matrix: ProgrammedMatrix | SeededMatrix, w: Float[Array, "*experts K N"], spec: AnalogSpec, first: Array | int = 0
+) -> ProgrammedMatrix:
+    """The programmed weights of a matrix, or of the experts of a layer: those stored, or made from the key.
+
+    `first` is the number of the first expert of `w`.
+    """
+    if isinstance(matrix, ProgrammedMatrix):
+        return matrix
+    if w.ndim == 2:
+        return _stored(matrix.key, w, spec, 0)
+    return jax.vmap(lambda t, e: _stored(matrix.key, t, spec, e))(w, first + jnp.arange(w.shape[0]))
 
 
 def program(key: jax.Array, params: Params, spec: AnalogSpec, *, dense: bool) -> ProgrammedWeights:
@@ -92,10 +169,7 @@ def program(key: jax.Array, params: Params, spec: AnalogSpec, *, dense: bool) ->
     key = require_key(key)
 
     def one(name: str, w: Array, layer: Array | int) -> ProgrammedMatrix:
-        if w.ndim == 2:
-            return program_named(key, name, w, spec, layer=layer, expert=0)
-        experts = jnp.arange(w.shape[0])
-        return jax.vmap(lambda t, e: program_named(key, name, t, spec, layer=layer, expert=e))(w, experts)
+        return realise(SeededMatrix(key=matrix_key(key, name, layer)), w, spec)
 
     def stack(layers: Layer | DenseLayer, first: int) -> dict[str, ProgrammedMatrix]:
         targets = crossbar_matrices(layers, dense=dense)

@@ -3,7 +3,7 @@
 import jax
 
 from hetmoe.analog.calibration import Calibration
-from hetmoe.analog.programming import ProgrammedMatrix, ProgrammedWeights
+from hetmoe.analog.programming import ProgrammedMatrix, ProgrammedWeights, SeededWeights
 from hetmoe.analog.random import require_key
 from hetmoe.analog.spec import AnalogSpec
 from hetmoe.analog.tiles import row_blocks
@@ -19,7 +19,7 @@ def check_analog(
     config: ModelConfig,
     plan: Plan | None,
     spec: AnalogSpec | None,
-    programmed: ProgrammedWeights | None,
+    programmed: ProgrammedWeights | SeededWeights | None,
     calibration: Calibration | None,
     read_key: jax.Array | None,
 ) -> None:
@@ -33,18 +33,20 @@ def check_analog(
     if plan is None or spec is None or programmed is None:
         raise InputError(f"the analog path needs plan, spec and programmed together; missing: {', '.join(missing)}")
     check_plan(plan, config)
-    if plan.switches_dense and programmed.lm_head is None:
+    has_dense = programmed.dense if isinstance(programmed, SeededWeights) else programmed.lm_head is not None
+    if plan.switches_dense and not has_dense:
         raise InputError("the plan puts dense modules on crossbars, but they are not programmed: program(dense=True)")
-    _check_shapes(config, spec, programmed, calibration)
+    if isinstance(programmed, ProgrammedWeights):
+        _check_shapes(config, spec, programmed)
+    if calibration is not None:
+        _check_ranges(abstract_params(config), calibration, spec.options.tile_rows)
     if (spec.read_noise is None) != (read_key is None):
         raise InputError("spec.read_noise and read_key go together: give both or neither")
     if read_key is not None:
         require_key(read_key)
 
 
-def _check_shapes(
-    config: ModelConfig, spec: AnalogSpec, programmed: ProgrammedWeights, calibration: Calibration | None
-) -> None:
+def _check_shapes(config: ModelConfig, spec: AnalogSpec, programmed: ProgrammedWeights) -> None:
     leaves, options = abstract_params(config), spec.options
 
     def tiles(rows: int) -> int:
@@ -75,8 +77,6 @@ def _check_shapes(
             check(name, found[name], leaf.shape)
     if programmed.lm_head is not None:
         check("lm_head", programmed.lm_head, (config.hidden_size, config.vocab_size))
-    if calibration is not None:
-        _check_ranges(leaves, calibration, options.tile_rows)
 
 
 def _check_ranges(leaves: Params, calibration: Calibration, tile_rows: int) -> None:

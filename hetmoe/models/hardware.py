@@ -1,5 +1,6 @@
 """The analog side of one decoder layer, as the layer's code sees it."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,11 +9,12 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool
 
-from hetmoe.analog.programming import ProgrammedMatrix
+from hetmoe.analog.programming import ProgrammedMatrix, SeededMatrix, realise
 from hetmoe.analog.read_noise import ReadNoise
 from hetmoe.analog.spec import AnalogSpec
-from hetmoe.models.matrices import MATRICES, Matrix
-from hetmoe.ops.crossbar_matmul.xla import crossbar_matmul
+from hetmoe.models.matrices import MATRICES, Matrix, crossbar_matrices
+from hetmoe.models.params import DenseLayer, Layer
+from hetmoe.ops.grouped_crossbar.api import matrix_product
 
 # (inputs [groups, rows, K], which rows are real, expert of each group) -> statistics per expert
 Observer = Callable[[Array, Array, Array], Any]
@@ -40,10 +42,17 @@ class LayerHardware:
 
     experts: Bool[Array, "experts"] | None  # None in a layer without experts
     dense: dict[str, Bool[Array, ""]]  # by module; a module that is absent is digital by structure
-    programmed: dict[str, ProgrammedMatrix]
+    programmed: dict[str, ProgrammedMatrix] | dict[str, SeededMatrix]
     ranges: dict[str, Array] | None  # by site; None = dynamic input ranges
     read_key: jax.Array | None
     spec: AnalogSpec
+    implementation: str | None = struct.field(pytree_node=False)
+
+    def program(self, layer: Layer | DenseLayer) -> "LayerHardware":
+        """With the weights of this layer made from their keys."""
+        clean = crossbar_matrices(layer)
+        programmed = {name: realise(matrix, clean[name], self.spec) for name, matrix in self.programmed.items()}
+        return dataclasses.replace(self, programmed=programmed)
 
     def input_range(self, name: str) -> Array | None:
         """DAC ranges of the inputs of a matrix; matrices that share an input share its converter."""
@@ -62,22 +71,7 @@ def dense_matmul(x: Array, w: Array, name: str, hardware: LayerHardware | None) 
     if hardware is None or module not in hardware.dense:
         return jnp.matmul(x, w, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32).astype(x.dtype)
     read = hardware.read(name, jnp.arange(x.shape[0], dtype=jnp.uint32))
-    return crossbar_or_digital(
-        x, w, hardware.programmed[name], hardware.dense[module], hardware.input_range(name), hardware.spec, read
-    ).astype(x.dtype)
-
-
-def crossbar_or_digital(
-    x: Array,
-    w: Array,
-    programmed: ProgrammedMatrix,
-    analog: Array,
-    input_range: Array | None,
-    spec: AnalogSpec,
-    read: tuple[ReadNoise, jax.Array, Array] | None,
-) -> Array:
-    """One matmul, by programmed weights through converters where the scalar `analog` is True; float32."""
-    chosen = jnp.where(analog, programmed.w, w)
-    return crossbar_matmul(
-        x, chosen, input_range, spec.adc_bound, programmed.weight_max, spec.options, analog.reshape(1, 1), read
-    )
+    return matrix_product(
+        x, w, hardware.programmed[name], analog=hardware.dense[module], input_range=hardware.input_range(name),
+        spec=hardware.spec, read=read, implementation=hardware.implementation,
+    ).astype(x.dtype)  # fmt: skip

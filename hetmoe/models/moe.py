@@ -10,7 +10,8 @@ from hetmoe.models.hardware import LayerHardware, Probe, dense_matmul
 from hetmoe.models.params import FeedForward, MoE
 from hetmoe.models.routing import Routing
 from hetmoe.ops.dispatch import choose_block_size, dispatch, from_blocks, to_blocks
-from hetmoe.ops.grouped_crossbar.xla import grouped_crossbar
+from hetmoe.ops.grouped_crossbar.api import check_implementation, expert_products
+from hetmoe.ops.grouped_crossbar.block_sizes import rows_per_block
 from hetmoe.ops.grouped_matmul.xla import grouped_matmul
 
 
@@ -65,21 +66,29 @@ def routed_experts(
     one; no token is dropped and no expert sees a token that was not routed to it.
     """
     count = experts.gate.shape[0]
-    plan = dispatch(routing.chosen, count, choose_block_size(routing.chosen.size, count))
+    kernel = hardware is not None and check_implementation(hardware.implementation) != "xla"
+    block_size = (rows_per_block if kernel else choose_block_size)(routing.chosen.size, count)
+    plan = dispatch(routing.chosen, count, block_size)
     blocks = to_blocks(x, plan)
     real = (plan.slot_token < x.shape[0]).reshape(blocks.shape[:2])  # padding slots hold no token
     rows = _copy_numbers(plan.token_slot, plan.slot_token.shape[0]).reshape(blocks.shape[:2])
 
-    def multiply(inputs: Array, w: Array, name: str) -> Array:
+    def multiply(inputs: Array, **weights: Array) -> tuple[Array, ...]:
+        """By matrices that share the inputs, and their DACs."""
         if hardware is None or hardware.experts is None:
-            return grouped_matmul(inputs, w, plan.block_expert)
-        return _analog(inputs, w, name, plan.block_expert, rows, hardware, hardware.experts)
+            return tuple(grouped_matmul(inputs, w, plan.block_expert) for w in weights.values())
+        return expert_products(
+            inputs, tuple(weights.values()), tuple(hardware.programmed[name] for name in weights),
+            block_expert=plan.block_expert, used=real.any(axis=1), analog=hardware.experts,
+            input_range=hardware.input_range(next(iter(weights))), spec=hardware.spec,
+            read=tuple(hardware.read(name, rows) for name in weights), implementation=hardware.implementation,
+        )  # fmt: skip
 
     probe.grouped("experts_in", blocks, real, plan.block_expert)
-    gate, up = multiply(blocks, experts.gate, "gate"), multiply(blocks, experts.up, "up")
+    gate, up = multiply(blocks, gate=experts.gate, up=experts.up)
     inner = (jax.nn.silu(gate) * up).astype(x.dtype)
     probe.grouped("experts_mid", inner, real, plan.block_expert)
-    out = multiply(inner, experts.down, "down")
+    (out,) = multiply(inner, down=experts.down)
     return jnp.einsum("tkh,tk->th", from_blocks(out, plan), routing.weights).astype(x.dtype)
 
 
@@ -87,16 +96,3 @@ def _copy_numbers(token_slot: Int[Array, "tokens copies"], slots: int) -> Array:
     """Number of the token copy that a slot holds, so that read noise follows the token and not the block layout."""
     numbers = jnp.arange(token_slot.size, dtype=jnp.uint32)
     return jnp.zeros((slots,), jnp.uint32).at[token_slot.reshape(-1)].set(numbers, unique_indices=True)
-
-
-def _analog(
-    x: Array, clean: Array, name: str, block_expert: Array, rows: Array, hardware: LayerHardware, analog: Array
-) -> Array:
-    programmed = hardware.programmed[name]
-    # Selected per expert, around one matmul: under vmap a `lax.cond` would compute both sides.
-    w = jnp.where(analog[:, None, None], programmed.w, clean)
-    spec = hardware.spec
-    return grouped_crossbar(
-        x, w, block_expert, analog, hardware.input_range(name), spec.adc_bound, programmed.weight_max, spec.options,
-        hardware.read(name, rows),
-    )  # fmt: skip

@@ -5,23 +5,24 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from hetmoe.analog.calibration import Calibration
-from hetmoe.analog.programming import ProgrammedWeights
+from hetmoe.analog.programming import ProgrammedWeights, SeededWeights
 from hetmoe.analog.spec import AnalogSpec
 from hetmoe.errors import InputError
 from hetmoe.models.abstract import abstract_params, is_leaf
 from hetmoe.models.analog_arguments import check_analog
+from hetmoe.models.analog_stack import programmed_head, stacked_hardware
 from hetmoe.models.attention import attention_block, rms_norm
 from hetmoe.models.config import ModelConfig
-from hetmoe.models.hardware import LayerHardware, Observer, Probe, crossbar_or_digital
+from hetmoe.models.hardware import LayerHardware, Observer, Probe
 from hetmoe.models.matrices import Matrix
 from hetmoe.models.moe import feed_forward, moe_block
 from hetmoe.models.params import DenseLayer, Layer, Params
 from hetmoe.models.routing import Routing, route
 from hetmoe.ops import narrow
+from hetmoe.ops.grouped_crossbar.api import matrix_product
 from hetmoe.placement.plan import Plan
 
 
@@ -94,54 +95,6 @@ class LayerHook(NamedTuple):
     dense_layers: Any
 
 
-def _hardware_of(
-    numbers: tuple[int, ...],
-    stack: dict[str, Any],
-    first_key: int,
-    plan: Plan,
-    spec: AnalogSpec,
-    ranges: dict[str, Array] | None,
-    read_key: jax.Array | None,
-    *,
-    moe: bool,
-) -> LayerHardware:
-    """The analog side of all layers of one kind, every leaf with a leading layer axis."""
-    count = len(numbers)
-    keys = None
-    if read_key is not None:
-        keys = jax.vmap(lambda layer: jax.random.fold_in(read_key, layer))(first_key + jnp.arange(count))
-    dense = {"shared_experts": plan.shared_experts} if moe else {"dense_ffn": plan.dense_ffn}
-    if plan.attention is not None:
-        dense["attention"] = plan.attention[np.asarray(numbers)]
-    return LayerHardware(
-        experts=plan.experts if moe else None,
-        dense={name: flags for name, flags in dense.items() if flags is not None},
-        programmed=stack,
-        ranges=ranges,
-        read_key=keys,
-        spec=jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), spec),
-    )
-
-
-def _hardware(
-    config: ModelConfig,
-    plan: Plan,
-    spec: AnalogSpec,
-    programmed: ProgrammedWeights,
-    calibration: Calibration | None,
-    read_key: jax.Array | None,
-) -> dict[bool, LayerHardware]:
-    """The analog side of the layers with (True) and without (False) experts."""
-    ranges = (None, None) if calibration is None else (calibration.layers, calibration.dense_layers)
-    moe = config.moe_layers
-    found = {True: _hardware_of(moe, programmed.layers, 0, plan, spec, ranges[0], read_key, moe=True)}
-    if config.dense_layers:
-        found[False] = _hardware_of(
-            config.dense_layers, programmed.dense_layers, len(moe) + 1, plan, spec, ranges[1], read_key, moe=False
-        )
-    return found
-
-
 def _check_inputs(params: Params, tokens: Array, config: ModelConfig) -> None:
     if not isinstance(params, Params) or not isinstance(config, ModelConfig):
         raise InputError(
@@ -161,9 +114,10 @@ def hidden_states(
     *,
     plan: Plan | None = None,
     spec: AnalogSpec | None = None,
-    programmed: ProgrammedWeights | None = None,
+    programmed: ProgrammedWeights | SeededWeights | None = None,
     calibration: Calibration | None = None,
     read_key: jax.Array | None = None,
+    implementation: str | None = None,
     observe: Observer | None = None,
     hook: LayerHook | None = None,
 ) -> tuple[Float[Array, "batch seq hidden"], Routing, tuple[dict[str, Any], dict[str, Any]]]:
@@ -177,12 +131,15 @@ def hidden_states(
     check_analog(config, plan, spec, programmed, calibration, read_key)
     hardware: dict[bool, LayerHardware] = {}
     if plan is not None and spec is not None and programmed is not None:
-        hardware = _hardware(config, plan, spec, programmed, calibration, read_key)
+        hardware = stacked_hardware(params, config, plan, spec, programmed, calibration, read_key, implementation)
+    by_layer = isinstance(programmed, SeededWeights) and programmed.when == "layer"
 
     def step(x: Array, scanned: tuple[Layer | DenseLayer, tuple[LayerHardware | None, Any]]) -> tuple[Array, Any]:
         layer, (layer_hardware, extra) = scanned
         if hook is not None:
             layer = hook.change(layer, extra)
+        if by_layer and layer_hardware is not None:
+            layer_hardware = layer_hardware.program(layer)
         probe = Probe(observe)
         result = decoder_layer(x, layer, config, layer_hardware, probe)
         return result.x, (result.routing, probe.seen)
@@ -206,14 +163,16 @@ def head_logits(
     *,
     plan: Plan | None,
     spec: AnalogSpec | None,
-    programmed: ProgrammedWeights | None,
+    programmed: ProgrammedWeights | SeededWeights | None,
     calibration: Calibration | None,
     read_key: jax.Array | None,
+    implementation: str | None = None,
     first_row: Array | int = 0,
 ) -> Float[Array, "tokens vocab"]:
     """Float32 logits; `first_row` numbers the first token, which the LM head's read noise follows."""
     w = head_matrix(params)
-    if plan is None or plan.lm_head is None or spec is None or programmed is None or programmed.lm_head is None:
+    matrix = programmed_head(programmed, plan)
+    if plan is None or plan.lm_head is None or spec is None or matrix is None:
         return jnp.matmul(hidden, w, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
     read = None
     if spec.read_noise is not None and read_key is not None:
@@ -221,7 +180,9 @@ def head_logits(
         key = jax.random.fold_in(jax.random.fold_in(read_key, plan.experts.shape[0]), Matrix.LM_HEAD)
         read = (spec.read_noise, key, rows)
     ranges = None if calibration is None else calibration.lm_head
-    return crossbar_or_digital(hidden, w, programmed.lm_head, plan.lm_head, ranges, spec, read)
+    return matrix_product(
+        hidden, w, matrix, analog=plan.lm_head, input_range=ranges, spec=spec, read=read, implementation=implementation
+    )
 
 
 def forward(
@@ -231,9 +192,10 @@ def forward(
     *,
     plan: Plan | None = None,
     spec: AnalogSpec | None = None,
-    programmed: ProgrammedWeights | None = None,
+    programmed: ProgrammedWeights | SeededWeights | None = None,
     calibration: Calibration | None = None,
     read_key: jax.Array | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "batch seq vocab"]:
     """Logits of every position. Digital when only the first three arguments are given.
 
@@ -246,18 +208,23 @@ def forward(
         config: static; pass it as a static argument of `jax.jit`.
         plan: what is analog. With `spec` and `programmed` it selects the analog path.
         spec: device, noise magnitudes and converters.
-        programmed: the weights on the crossbars (`hetmoe.program`), one noise seed.
+        programmed: the weights on the crossbars, one noise seed: stored (`hetmoe.program`), or made on the way
+            (`hetmoe.seeded_weights`).
         calibration: static DAC input ranges; None = dynamic (`max|x|` per token and row-block).
         read_key: key of the per-product read noise, if `spec.read_noise` is set.
+        implementation: of the products on the analog path: `"xla"`, `"pallas"` (TPU and NVIDIA GPU, without read
+            noise), or None for `"xla"`; static.
 
     Returns:
         float32 logits.
 
     Raises:
+        NotImplementedError: if the named implementation cannot run this.
         InputError: for analog arguments that are incomplete or made for another model.
     """
     analog: dict[str, Any] = {
-        "plan": plan, "spec": spec, "programmed": programmed, "calibration": calibration, "read_key": read_key
+        "plan": plan, "spec": spec, "programmed": programmed, "calibration": calibration, "read_key": read_key,
+        "implementation": implementation,
     }  # fmt: skip
     hidden, _, _ = hidden_states(params, tokens, config, **analog)
     batch, seq, width = hidden.shape

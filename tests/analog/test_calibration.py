@@ -207,7 +207,13 @@ def test_matrices_that_share_an_input_share_its_range() -> None:
     sites = sorted(set(SITE_OF.values()))
     ranges = {site: jnp.full((1,), float(index)) for index, site in enumerate(sites)}
     hardware = LayerHardware(
-        experts=None, dense={}, programmed={}, ranges=ranges, read_key=None, spec=analog_spec(tile_rows=TILE_ROWS)
+        experts=None,
+        dense={},
+        programmed={},
+        ranges=ranges,
+        read_key=None,
+        spec=analog_spec(tile_rows=TILE_ROWS),
+        implementation=None,
     )
     assert {name: sites[int(hardware.input_range(name)[0])] for name in MATRICES} == SITE_OF
     assert dataclasses.replace(hardware, ranges=None).input_range("q") is None

@@ -13,9 +13,11 @@ from hetmoe.analog.programming import Matrix, ProgrammedWeights
 from hetmoe.analog.read_noise import make_read_noise
 from hetmoe.analog.spec import AnalogSpec, analog_spec
 from hetmoe.errors import InputError
+from hetmoe.models.abstract import abstract_params
 from hetmoe.models.analog_arguments import check_analog
+from hetmoe.models.analog_stack import stacked_hardware
 from hetmoe.models.config import ModelConfig
-from hetmoe.models.transformer import _hardware, forward, hidden_states
+from hetmoe.models.transformer import forward, hidden_states
 from hetmoe.placement.plan import Plan, all_analog, all_digital, experts_analog
 from tests.models.analog_tiny import EXPERT_MATRICES, TILE_ROWS, programmed_by_hand, random_ranges
 from tests.models.tiny import full_config, random_params, random_tokens, tiny_config
@@ -212,7 +214,7 @@ def test_read_noise_of_every_layer_and_matrix_has_a_key_of_its_own() -> None:
         plan: Plan = all_analog(config)
         for seed in (0, 1):
             key = jax.random.key(10 * config.num_layers + seed)
-            kinds = _hardware(config, plan, spec, programmed(config), None, key)
+            kinds = stacked_hardware(abstract_params(config), config, plan, spec, programmed(config), None, key, None)
             assert kinds.keys() == ({True, False} if config.dense_layers else {True})
             head = jax.random.fold_in(jax.random.fold_in(key, len(config.moe_layers)), Matrix.LM_HEAD)
             seen.add(tuple(jax.random.key_data(head).tolist()))
@@ -226,5 +228,6 @@ def test_read_noise_of_every_layer_and_matrix_has_a_key_of_its_own() -> None:
                             assert read[2] is rows
                             seen.add(tuple(jax.random.key_data(read[1]).tolist()))
     assert len(seen) == 2 * (2 + 3) * (len(Matrix) - 1) + 2 * 2
-    silent = _hardware(CONFIG, all_analog(CONFIG), spec, programmed(CONFIG), None, None)[True]
+    params = abstract_params(CONFIG)
+    silent = stacked_hardware(params, CONFIG, all_analog(CONFIG), spec, programmed(CONFIG), None, None, None)[True]
     assert jax.tree.map(lambda leaf: leaf[0], silent).read("q", rows) is None

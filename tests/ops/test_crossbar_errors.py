@@ -9,7 +9,9 @@ import pytest
 
 from hetmoe.analog.read_noise import make_read_noise
 from hetmoe.errors import InputError
-from hetmoe.ops.crossbar_matmul.api import IMPLEMENTATIONS, crossbar_matmul
+from hetmoe.ops.crossbar_matmul.api import crossbar_matmul
+from hetmoe.ops.grouped_crossbar.api import IMPLEMENTATIONS
+from tests.ops.crossbar_battery import KERNELS
 
 NOISE = make_read_noise("additive", 0.1)
 
@@ -78,6 +80,19 @@ def test_read_key_must_be_threefry() -> None:
 def test_unknown_implementation_never_falls_back(name: str) -> None:
     with pytest.raises(NotImplementedError, match=f"implementation={name!r} .* one of {', '.join(IMPLEMENTATIONS)}"):
         crossbar_matmul(jnp.ones((2, 10)), jnp.ones((10, 3)), implementation=name)
+
+
+@pytest.mark.parametrize("name", ["pallas", *KERNELS])
+def test_kernels_refuse_read_noise(name: str) -> None:
+    with pytest.raises(NotImplementedError, match=f"implementation={name!r} has no read noise"):
+        crossbar_matmul(
+            jnp.ones((2, 10)), jnp.ones((10, 3)), read_noise=NOISE, read_key=jax.random.key(0), implementation=name
+        )
+
+
+def test_kernels_refuse_a_cpu() -> None:
+    with pytest.raises(NotImplementedError, match=r"runs on TPU and NVIDIA GPU.* 'xla'"):
+        crossbar_matmul(jnp.ones((2, 10)), jnp.ones((10, 3)), implementation="pallas")
 
 
 @pytest.mark.parametrize(("kind", "std"), [("additive", -0.1), ("pcm", float("nan")), ("pcm", float("inf"))])

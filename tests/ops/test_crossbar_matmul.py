@@ -181,5 +181,5 @@ def test_leading_axes_are_rows(name: str, x: Float32, w: Float32) -> None:
 
 def test_default_implementation_is_one_of_the_named(x: Float32, w: Float32) -> None:
     arrays = jnp.asarray(x), jnp.asarray(w)
-    named = [np.asarray(IMPLEMENTATIONS[name](*arrays)) for name in api.IMPLEMENTATIONS]
+    named = [np.asarray(IMPLEMENTATIONS[name](*arrays)) for name in IMPLEMENTATIONS if name != "reference"]
     assert any(np.array_equal(api.crossbar_matmul(*arrays), y) for y in named)

@@ -13,7 +13,7 @@ from hetmoe.analog.devices.base import (
     Stream,
     group_range,
 )
-from hetmoe.analog.devices.compensation import global_drift_compensation
+from hetmoe.analog.devices.compensation import compensation_factor, global_drift_compensation
 from hetmoe.analog.devices.gaussian import Additive, Proportional
 from hetmoe.analog.devices.hermes import Hermes, Hermes1
 from hetmoe.analog.devices.pcm import PCM
@@ -40,6 +40,7 @@ __all__ = [
     "StateIndependent",
     "Stream",
     "WanReRAM",
+    "compensation_factor",
     "get_device",
     "global_drift_compensation",
     "group_range",

@@ -27,9 +27,16 @@ def global_drift_compensation(
         drifted: weights at inference (`Programmed.at_time`).
         tile_rows: most rows of a tile.
     """
-    before, after = _mean_magnitude(programmed, tile_rows), _mean_magnitude(drifted, tile_rows)
-    factor = jnp.where(after > 0, before / jnp.where(after > 0, after, 1.0), 1.0)
+    factor = compensation_factor(programmed, drifted, tile_rows)
     return drifted * spread_rows(factor, drifted.shape[-2], tile_rows, axis=-2)
+
+
+def compensation_factor(
+    programmed: Float[Array, "*batch K N"], drifted: Float[Array, "*batch K N"], tile_rows: int
+) -> Float[Array, "*batch blocks 1"]:
+    """What `global_drift_compensation` multiplies every tile by."""
+    before, after = _mean_magnitude(programmed, tile_rows), _mean_magnitude(drifted, tile_rows)
+    return jnp.where(after > 0, before / jnp.where(after > 0, after, 1.0), 1.0)
 
 
 def _mean_magnitude(w: Float[Array, "*batch K N"], tile_rows: int) -> Float[Array, "*batch blocks 1"]:

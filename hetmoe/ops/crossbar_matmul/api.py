@@ -10,8 +10,7 @@ from hetmoe.analog.tiles import block_max, row_blocks
 from hetmoe.errors import InputError
 from hetmoe.ops.crossbar_matmul import xla
 from hetmoe.ops.crossbar_matmul.base import CrossbarOptions
-
-IMPLEMENTATIONS = {"xla": xla.crossbar_matmul}
+from hetmoe.ops.grouped_crossbar.api import check_implementation, programmed_product, refuse_read
 
 
 def crossbar_matmul(
@@ -47,7 +46,8 @@ def crossbar_matmul(
         weight_max: `max|w|` per tile `[blocks, 1]` or column `[blocks, N]`, if already known; it saves a pass over `w`.
         read_noise: noise of each product, added before the ADC; needs `read_key`.
         read_key: key of that noise; the draw of an input vector depends on its position in `x` flattened.
-        implementation: `"xla"`, or None for the best one here.
+        implementation: `"xla"`, `"pallas"` (TPU and NVIDIA GPU, no read noise), `"interpret_tpu"` or
+            `"interpret_cuda"` (their kernels, operation by operation and slowly, anywhere), or None for `"xla"`.
 
     Returns:
         float32 outputs.
@@ -57,10 +57,7 @@ def crossbar_matmul(
         NotImplementedError: if the named implementation cannot run this; it never falls back.
     """
     options = CrossbarOptions(dac_bits=dac_bits, adc_bits=adc_bits, bound_axis=bound_axis, tile_rows=tile_rows)  # pyright: ignore[reportArgumentType]
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise NotImplementedError(
-            f"implementation={implementation!r} does not exist here; choose one of {', '.join(IMPLEMENTATIONS)}"
-        )
+    chosen = check_implementation(implementation)
     x, w = jnp.asarray(x), jnp.asarray(w)
     input_range = None if input_range is None else jnp.asarray(input_range)
     if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[0]:
@@ -88,8 +85,11 @@ def crossbar_matmul(
     read = None
     if read_noise is not None and read_key is not None:
         read = (read_noise, require_key(read_key), jnp.arange(flat.shape[0], dtype=jnp.uint32))
-    run = IMPLEMENTATIONS[implementation or "xla"]
-    bound = jnp.asarray(adc_bound, jnp.float32)
+    bound, largest = jnp.asarray(adc_bound, jnp.float32), weight_max.astype(jnp.float32)
     ranges = None if input_range is None else input_range.astype(jnp.float32)
-    y = run(flat, w, ranges, bound, weight_max.astype(jnp.float32), options, None, read)
+    if chosen == "xla":
+        y = xla.crossbar_matmul(flat, w, ranges, bound, largest, options, None, read)
+    else:
+        refuse_read((read,), chosen)
+        y = programmed_product(flat, w, ranges, bound, largest, options, chosen)
     return y.reshape(*batch, w.shape[1])

@@ -1,0 +1,47 @@
+"""Block sizes of the kernels, by platform and by how many rows a block holds.
+
+None of them is measured: the kernels have been compiled for these platforms, never run there. They follow from sizes.
+On GPU a program holds the sums of a tile and the total in registers, 128 KiB for one matrix of 128 x 128 and as much
+for two of 128 x 64, half of what a multiprocessor of Hopper has; chunks of 64 two-byte rows in three stages fill 96 KiB
+of its shared memory. On TPU a tile of weights of 512 x 512 and its successor are 1 MiB of VMEM.
+"""
+
+import dataclasses
+from typing import Literal
+
+Platform = Literal["tpu", "cuda"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockSizes:
+    """How a kernel cuts its work.
+
+    Attributes:
+        columns: of outputs made at a time.
+        chunk: rows of weights multiplied at a time; a tile is padded to a multiple of it.
+        warps: of a GPU program.
+        stages: of the GPU's software pipeline.
+    """
+
+    columns: int
+    chunk: int
+    warps: int = 0
+    stages: int = 0
+
+
+ROWS = (16, 32, 64, 128)  # of a block; both platforms want powers of two, and at least 16 two-byte rows
+
+
+def rows_per_block(rows: int, groups: int) -> int:
+    """Rows of a block for `rows` rows in `groups` groups, each padded to whole blocks: about half the mean load."""
+    return next((size for size in ROWS if size * 2 * groups >= rows), ROWS[-1])
+
+
+def choose(platform: Platform, *, rows: int, columns: int, matrices: int, item_bytes: int) -> BlockSizes:
+    """Sizes for blocks of `rows` rows and matrices with `columns` columns of `item_bytes` bytes a weight."""
+    if platform == "tpu":
+        aligned = -(-columns // 128) * 128
+        return BlockSizes(columns=next(c for c in (512, 256, 128) if aligned % c == 0), chunk=128)
+    widest = max(16, 128 // matrices)
+    fitting = next((c for c in (16, 32, 64, 128) if c >= min(columns, widest)), widest)
+    return BlockSizes(columns=fitting, chunk=128 // item_bytes, warps=8 if rows * fitting >= 128 * 64 else 4, stages=3)
