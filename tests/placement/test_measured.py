@@ -1,6 +1,7 @@
 """Measured sensitivities against plain evaluation of a plan in which one module alone is analog."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import chex
@@ -22,16 +23,16 @@ from hetmoe.placement.plan import Plan, plan_shapes, stack_plans
 from tests.models.tiny import full_config, random_params, random_tokens, tiny_config
 
 KEYS = jax.random.split(jax.random.key(5), 3)
-CASES: dict[str, tuple[ModelConfig, AnalogSpec, bool]] = {
-    "tiny": (tiny_config(num_layers=3), analog_spec("additive", noise_scale=8.0), False),
+CASES: dict[str, tuple[ModelConfig, AnalogSpec, bool]] = {  # the last: calibrated
     "full": (full_config(), analog_spec("hermes", noise_scale=4.0, adc_bound=6.0), True),
-    "tied": (tiny_config(tie_embeddings=True, num_layers=2), analog_spec("additive", noise_scale=4.0), True),
-    "time": (
-        tiny_config(),
+    "time_tied": (
+        tiny_config(num_layers=2, tie_embeddings=True),
         analog_spec("state_independent", time_s=86400.0, bound_axis="column", read_noise=make_read_noise("pcm", 0.05)),
         False,
     ),
 }
+TINY = tiny_config(num_layers=3)
+SPEC = analog_spec("additive", noise_scale=8.0)
 
 
 def made(config: ModelConfig) -> tuple[Model, Batches]:
@@ -43,9 +44,15 @@ def made(config: ModelConfig) -> tuple[Model, Batches]:
 def naive(model: Model, batches: Batches, spec: AnalogSpec, calibration: Any, plans: list[Plan]) -> np.ndarray:
     """Loss increase per token, `[seeds, plans]`."""
     before = float(evaluate_digital(model.params, batches, model.config).nll)
-    stacked = stack_plans([stack_plans(plans)] * len(KEYS))
-    nll = evaluate_seeds(model.params, KEYS, stacked, spec, calibration, batches, model.config).nll
-    return (np.asarray(nll, np.float64) - before) / (5 * 11)
+    # As many plans at once as `measure` evaluates of dense modules: one program serves both.
+    at_once = sum(int(np.prod(shape)) for name, shape in plan_shapes(model.config).items() if name != "experts")
+    padded = plans + plans[: -len(plans) % at_once]
+    nll = np.zeros((len(KEYS), len(padded)))
+    for (seed, key), first in itertools.product(enumerate(KEYS), range(0, len(padded), at_once)):
+        some = stack_plans([stack_plans(padded[first : first + at_once])])
+        totals = evaluate_seeds(model.params, key[None], some, spec, calibration, batches, model.config)
+        nll[seed, first : first + at_once] = totals.nll[0]
+    return (nll[:, : len(plans)] - before) / (5 * 11)
 
 
 def alone(config: ModelConfig, name: str, index: tuple[int, ...]) -> Plan:
@@ -94,8 +101,7 @@ def test_same_as_evaluating_one_module_at_a_time(name: str) -> None:
 
 
 def test_one_compiled_function_for_all_layers_experts_and_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    config, spec, _ = CASES["tiny"]
-    model, batches = made(config)
+    model, batches = made(TINY)
     chex.clear_trace_counter()
     counted = jax.jit(
         chex.assert_max_traces(measured._increase.__wrapped__, n=1), static_argnames=("config", "capacity")
@@ -103,21 +109,19 @@ def test_one_compiled_function_for_all_layers_experts_and_batches(monkeypatch: p
     monkeypatch.setattr(measured, "_increase", counted)
     for scale in (1.0, 2.0):
         measure(
-            model, dataclasses.replace(spec, noise_scale=jnp.float32(scale)), None, KEYS, batches, dense=False, jobs=2
+            model, dataclasses.replace(SPEC, noise_scale=jnp.float32(scale)), None, KEYS, batches, dense=False, jobs=2
         )
 
 
 def test_jobs_do_not_change_a_digit() -> None:
-    config, spec, _ = CASES["tiny"]
-    model, batches = made(config)
-    one, two = (measure(model, spec, None, KEYS, batches, dense=False, jobs=jobs) for jobs in (1, 2))
+    model, batches = made(TINY)
+    one, two = (measure(model, SPEC, None, KEYS, batches, dense=False, jobs=jobs) for jobs in (1, 2))
     np.testing.assert_array_equal(one.per_seed.experts, two.per_seed.experts)
 
 
 def test_mean_and_standard_error_over_seeds() -> None:
-    config, spec, _ = CASES["tiny"]
-    model, batches = made(config)
-    found = measure(model, spec, None, KEYS, batches, dense=False, jobs=1)
+    model, batches = made(TINY)
+    found = measure(model, SPEC, None, KEYS, batches, dense=False, jobs=1)
     values = np.asarray(found.per_seed.experts)
     np.testing.assert_allclose(found.mean.experts, values.sum(0) / 3)
     error = np.sqrt(((values - values.mean(0)) ** 2).sum(0) / 2 / 3)
