@@ -89,16 +89,18 @@ def test_loss_is_that_of_the_model_with_its_converters() -> None:
     noisy = dataclasses.replace(SPEC, noise_scale=jnp.float32(9.0))  # set aside by the search
     found = search_by_loss(model, statistics, windows, noisy, experts_analog(model.config), METHODS, BOUNDS)
     assert found.by_matrix == {}
+    clean = dataclasses.replace(SPEC, noise_scale=jnp.float32(0))
+    chip = jax.jit(program, static_argnames="dense")(jax.random.key(9), model.params, clean, dense=False)
+    logits_of = jax.jit(
+        lambda spec, ranges: forward(
+            model.params, windows[:, :-1], model.config, plan=experts_analog(model.config), spec=spec, programmed=chip,
+            calibration=ranges,
+        )
+    )  # fmt: skip
     for m, how in enumerate(METHODS):
         ranges = calibrate(model.params, windows[:, :-1], model.config, how, tile_rows=12, batch=2)
         for b, bound in enumerate(BOUNDS):
-            spec = dataclasses.replace(SPEC, noise_scale=jnp.float32(0), adc_bound=jnp.float32(bound))
-            chip = program(jax.random.key(9), model.params, spec, dense=False)
-            logits = forward(
-                model.params, windows[:, :-1], model.config, plan=experts_analog(model.config), spec=spec,
-                programmed=chip, calibration=ranges,
-            )  # fmt: skip
-            wide = np.asarray(logits, np.float64)
+            wide = np.asarray(logits_of(clean.replace(adc_bound=jnp.float32(bound)), ranges), np.float64)
             wide -= wide.max(-1, keepdims=True)
             log_probs = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
             loss = -np.take_along_axis(log_probs, np.asarray(windows)[:, 1:, None], axis=-1).mean()

@@ -50,13 +50,16 @@ def test_seeds_match_one_forward_each(tiny: Model, windows: Windows, choices: np
     spec = hetmoe.analog_spec("pcm", noise_scale=3.0, tile_rows=20)
     totals = evaluate_seeds(tiny.params, keys, stacked, spec, None, batches, tiny.config)
     assert totals.nll.shape == (2, 3)
+    program = jax.jit(hetmoe.program, static_argnames="dense")
+    logits_of = jax.jit(
+        lambda plan, programmed: hetmoe.forward(
+            tiny.params, jnp.asarray(windows.tokens[:, :-1]), tiny.config, plan=plan, spec=spec, programmed=programmed
+        )
+    )
     for s, key in enumerate(keys):
-        programmed = hetmoe.program(key, tiny.params, spec, dense=False)
+        programmed = program(key, tiny.params, spec, dense=False)
         for p, plan in enumerate(plans):
-            logits = hetmoe.forward(
-                tiny.params, jnp.asarray(windows.tokens[:, :-1]), tiny.config, plan=plan, spec=spec,
-                programmed=programmed,
-            )  # fmt: skip
+            logits = logits_of(plan, programmed)
             nll, correct = expected_totals(np.asarray(logits), windows, choices)
             # A partial sum within float32 rounding of an ADC boundary may move one code in the compiled program.
             assert float(totals.nll[s, p]) == pytest.approx(nll, rel=1e-3)

@@ -99,15 +99,15 @@ PLAIN: dict[str, Any] = {"latent": None, "head_dim": 6, "num_kv_heads": 2}
 
 def test_ideal_crossbars_are_the_digital_model() -> None:
     """Noise scale 0, converters off, everything on crossbars: biases, gates and norms stay where they were."""
-    ideal = spec_of(device="additive", noise_scale=0.0, dac_bits=None, adc_bits=None)
-    clean = _program(jax.random.key(0), params(), ideal, dense=True)
+    clean = _program(jax.random.key(0), params(), spec_of(device="additive", noise_scale=0.0), dense=True)
     for kind in KINDS:
         for name, w in matrices_of(getattr(params(), kind)).items():
             np.testing.assert_array_equal(getattr(clean, kind)[name].w, w)
     np.testing.assert_array_equal(clean.lm_head.w, params().lm_head)
+    ideal = spec_of(dac_bits=None, adc_bits=None)
     analog = _forward(params(), plan=all_analog(CONFIG), spec=ideal, programmed=clean)
     assert largest(analog - digital_logits()) < ROUNDING
-    converted = _forward(params(), plan=all_analog(CONFIG), spec=spec_of(device="additive"), programmed=clean)
+    converted = _forward(params(), plan=all_analog(CONFIG), spec=spec_of(), programmed=clean)
     assert largest(converted - digital_logits()) > 1000 * ROUNDING
 
 
