@@ -1,5 +1,6 @@
 """Mean and variance of what programming adds to every weight: exact, or estimated from chips."""
 
+import functools
 from typing import Any
 
 import jax
@@ -45,19 +46,9 @@ def sampled_moments(key: jax.Array, params: Params, spec: AnalogSpec, *, dense: 
         lm_head=(params.embed.T if params.lm_head is None else params.lm_head) if dense else None,
     )
 
-    @jax.jit
-    def add(sums: Any, chip_key: jax.Array) -> Any:
-        programmed = program(chip_key, params, spec, dense=dense)
-
-        def one(target: Array, sum_of: NoiseMoments, matrix: Any) -> NoiseMoments:
-            deviation = matrix.w.astype(jnp.float32) - target.astype(jnp.float32)
-            return NoiseMoments(sum_of.mean + deviation, sum_of.variance + jnp.square(deviation))
-
-        return jax.tree.map(one, targets, sums, programmed)
-
     sums = jax.tree.map(lambda w: NoiseMoments(*(jnp.zeros(w.shape, jnp.float32),) * 2), targets)
     for chip_key in jax.random.split(key, chips):
-        sums = add(sums, chip_key)
+        sums = _add(sums, chip_key, params, targets, spec, dense)
 
     def finish(sum_of: NoiseMoments) -> NoiseMoments:
         mean = sum_of.mean / chips
@@ -65,3 +56,15 @@ def sampled_moments(key: jax.Array, params: Params, spec: AnalogSpec, *, dense: 
 
     done = jax.tree.map(finish, sums, is_leaf=lambda node: isinstance(node, NoiseMoments))
     return ModelMoments(layers=done.layers, dense_layers=done.dense_layers, lm_head=done.lm_head)
+
+
+@functools.partial(jax.jit, static_argnames="dense")
+def _add(sums: Any, key: jax.Array, params: Params, targets: ProgrammedWeights, spec: AnalogSpec, dense: bool) -> Any:
+    """Adds one chip's deviations from the targets, and their squares."""
+    programmed = program(key, params, spec, dense=dense)
+
+    def one(target: Array, sum_of: NoiseMoments, matrix: Any) -> NoiseMoments:
+        deviation = matrix.w.astype(jnp.float32) - target.astype(jnp.float32)
+        return NoiseMoments(sum_of.mean + deviation, sum_of.variance + jnp.square(deviation))
+
+    return jax.tree.map(one, targets, sums, programmed)

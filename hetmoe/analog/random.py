@@ -37,8 +37,8 @@ def key_words(key: jax.Array) -> KeyWords:
     return data[0], data[1]
 
 
-def threefry2x32(words: KeyWords, high: Array, low: Array) -> tuple[Array, Array]:
-    """Twenty rounds of threefry over the counter (high, low), both uint32 of one shape."""
+def threefry2x32(words: tuple[Array, Array], high: Array, low: Array) -> tuple[Array, Array]:
+    """Twenty rounds of threefry over the counter (high, low), both uint32 of one shape; key words broadcast."""
     keys = (words[0], words[1], words[0] ^ words[1] ^ _PARITY)
     x0, x1 = high + keys[0], low + keys[1]
     for group in range(5):

@@ -18,7 +18,8 @@ from hetmoe.analog.tiles import row_blocks, spread_rows
 from hetmoe.errors import InputError
 
 ScaleGroup = Literal["tile", "column_tile", "column", "matrix", "none"]
-Scalar = Float[Array, ""] | float | int
+Scalar = Float[Array, "..."] | float | int
+"""A number; inside kernels, where a scalar unit lacks the functions of the fits, repeated to the weights' shape."""
 
 
 class Stream(enum.IntEnum):

@@ -162,7 +162,7 @@ class PowerLawPair(DifferentialPair, abc.ABC):
         """`((time_s + t_0) / t_0)**-nu`."""
         return jnp.exp(-nu * jnp.log1p(time_s / self.t_0_s))
 
-    def read_growth(self, time_s: Scalar) -> Float[Array, ""]:
+    def read_growth(self, time_s: Scalar) -> Float[Array, "..."]:
         """`sqrt(log((t + t_read) / (2 t_read)))` with `t = time_s + t_0`."""
         age = time_s + self.t_0_s
         return jnp.sqrt(jnp.log(age + self.t_read_s) - math.log(2.0 * self.t_read_s))

@@ -70,11 +70,11 @@ class CMOReRAM(Device):
         """Standard deviation (uS) after programming at target `g` (uS)."""
         return polynomial(_PROGRAMMING_US[self.acceptance_percent], g)
 
-    def relaxation_mean(self, time_s: Scalar) -> Float[Array, ""]:
+    def relaxation_mean(self, time_s: Scalar) -> Float[Array, "..."]:
         """Mean shift (uS) at `time_s` > 0."""
         return -0.08900206 * jnp.log(time_s)
 
-    def relaxation_std(self, time_s: Scalar) -> Float[Array, ""]:
+    def relaxation_std(self, time_s: Scalar) -> Float[Array, "..."]:
         """Spread (uS) of the shift at `time_s` > 0."""
         return jnp.maximum(0.04201137 * jnp.log(time_s) + 0.41183342, 0.0)
 

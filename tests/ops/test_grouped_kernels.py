@@ -1,0 +1,242 @@
+"""Products by expert through every implementation: which weights a block meets, converters, padding, draws, seeds.
+
+The arithmetic of one matrix is compared in `test_crossbar_*.py`; here, what belonging to experts adds to it.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hetmoe.analog.devices import DEVICES
+from hetmoe.analog.programming import ProgrammedMatrix, SeededMatrix, program_matrix, realise
+from hetmoe.analog.spec import AnalogSpec, analog_spec
+from hetmoe.analog.tiles import block_max
+from hetmoe.ops.dispatch import dispatch, from_blocks, to_blocks
+from hetmoe.ops.grouped_crossbar import kernel_math
+from hetmoe.ops.grouped_crossbar.api import expert_products
+from tests.numpy_reference import Float32
+from tests.ops.crossbar_battery import KERNELS, assert_matches, expectation, sum_error
+
+TOKENS, EXPERTS, ROWS, COLUMNS, TILE_ROWS = 40, 4, 52, 24, 20  # row-blocks of 18, 17 and 17 rows: all padded
+ANALOG = np.array([True, False, True, False])
+RANGES = np.random.default_rng(8).uniform(1.0, 2.5, (EXPERTS, 3)).astype(np.float32)
+NAMES = ("xla", *KERNELS)
+
+
+def weights(seed: int, dtype: Any = np.float32) -> Float32:
+    scale = np.float32([1.0, 0.5, 0.1, 3.0])[:, None, None]
+    values = np.random.default_rng(seed).standard_normal((EXPERTS, ROWS, COLUMNS)).astype(np.float32) * scale
+    return values.astype(dtype)
+
+
+def inputs(seed: int = 6) -> Float32:
+    return np.random.default_rng(seed).standard_normal((TOKENS, ROWS)).astype(np.float32)
+
+
+ROUTES = {
+    "even": np.arange(TOKENS) % EXPERTS,
+    "one_empty": np.where(np.arange(TOKENS) % EXPERTS == 2, 1, np.arange(TOKENS) % EXPERTS),
+    "all_to_one": np.full(TOKENS, 2),
+}
+
+
+def stored(w: Float32, spec: AnalogSpec) -> ProgrammedMatrix:
+    maxima = block_max(jnp.asarray(w, jnp.float32), TILE_ROWS, per_column=spec.options.bound_axis == "column")
+    return ProgrammedMatrix(w=jnp.asarray(w), weight_max=maxima)
+
+
+@functools.partial(jax.jit, static_argnames=("name",))
+def products(
+    x: Any, clean: Any, analog_side: Any, chosen: Any, spec: AnalogSpec, ranges: Any, analog: Any, name: str
+) -> tuple[jax.Array, ...]:
+    """`[tokens, N]` of each matrix."""
+    plan = dispatch(chosen[:, None].astype(jnp.int32), EXPERTS, 16)
+    used = (plan.slot_token < TOKENS).reshape(-1, 16).any(axis=1)
+    found = expert_products(
+        to_blocks(x, plan), clean, analog_side, block_expert=plan.block_expert, used=used, analog=analog,
+        input_range=ranges, spec=spec, read=(None,) * len(clean), implementation=name,
+    )  # fmt: skip
+    return tuple(from_blocks(y, plan)[:, 0] for y in found)
+
+
+def run(
+    name: str, spec: AnalogSpec, *, route: str = "even", ranges: Any = RANGES, dtype: Any = jnp.float32
+) -> tuple[np.ndarray, ...]:
+    """Gate and up: two matrices that share their inputs."""
+    clean = tuple(jnp.asarray(weights(seed), dtype) for seed in (0, 1))
+    noisy = tuple(stored(jnp.asarray(weights(seed), dtype), spec) for seed in (2, 3))
+    x = jnp.asarray(inputs(), dtype)
+    return tuple(map(np.asarray, products(x, clean, noisy, ROUTES[route], spec, ranges, ANALOG, name)))
+
+
+def assert_is_expected(found: tuple[np.ndarray, ...], spec: AnalogSpec, chosen: np.ndarray, ranges: Any) -> None:
+    x, options = inputs(), dataclasses.asdict(spec.options)
+    for y, clean, noisy in zip(found, (weights(0), weights(1)), (weights(2), weights(3)), strict=True):
+        for expert in np.unique(chosen):
+            rows = chosen == expert
+            if ANALOG[expert]:
+                bound = {"adc_bound": float(spec.adc_bound), "input_range": None if ranges is None else ranges[expert]}
+                wanted = expectation(x[rows], noisy[expert], implementations=1, **options, **bound)
+                assert assert_matches(y[rows], wanted) <= wanted.near.sum()
+            else:
+                exact = x[rows].astype(np.float64) @ clean[expert].astype(np.float64)
+                limit = sum_error(ROWS) * (np.abs(x[rows]) @ np.abs(clean[expert]))
+                assert np.all(np.abs(y[rows] - exact) <= limit)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_token_meets_the_weights_of_its_expert(name: str, route: str) -> None:
+    spec = analog_spec(adc_bound=2.0, tile_rows=TILE_ROWS)
+    assert_is_expected(run(name, spec, route=route), spec, ROUTES[route], RANGES)
+
+
+@pytest.mark.parametrize("changes", [{"bound_axis": "column"}, {"adc_bound": 0.3}, {"adc_bits": None, "dac_bits": 4}])
+@pytest.mark.parametrize("name", KERNELS)
+def test_dynamic_ranges_column_bounds_and_saturation(name: str, changes: dict[str, Any]) -> None:
+    spec = analog_spec(**{"adc_bound": 2.0, "tile_rows": TILE_ROWS, **changes})
+    assert_is_expected(run(name, spec, ranges=None), spec, ROUTES["even"], None)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize(("dtype", "dac_bits"), [(jnp.bfloat16, 8), (jnp.float16, 11), (jnp.bfloat16, 10)])
+def test_two_byte_operands_lose_nothing(name: str, dtype: Any, dac_bits: int) -> None:
+    """Codes are whole numbers that the dtype holds (10 bits in bfloat16 are not, and go through float32)."""
+    spec = analog_spec(adc_bits=None, dac_bits=dac_bits, tile_rows=TILE_ROWS)
+    found, wanted = (run(n, spec, dtype=dtype) for n in (name, "xla"))
+    for y, reference in zip(found, wanted, strict=True):
+        assert y.dtype == np.float32
+        # Both sum up to 18 products of magnitude up to 2.5 * 12 in float32, in three tiles; one code is 2.5 / 2**9.
+        np.testing.assert_allclose(y, reference, rtol=0, atol=4 * sum_error(ROWS) * 2.5 * 12 * 18)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_empty_blocks_are_zero_and_bad_weights_stay_with_their_expert(name: str) -> None:
+    """NaN in an expert that no token chose reaches nothing; in one that was chosen, every token of its tile."""
+    spec = analog_spec(adc_bound=2.0, tile_rows=TILE_ROWS)
+    noisy = weights(2)
+    noisy[0, 3, 5] = np.nan
+    side = (stored(jnp.asarray(noisy), spec),)
+    for chosen, bad in ((np.full(TOKENS, 2), False), (np.arange(TOKENS) % 3, True)):
+        (y,) = products(inputs(), (weights(0),), side, chosen, spec, RANGES, ANALOG, name)
+        assert np.isnan(np.asarray(y)).any(axis=1).tolist() == ((chosen == 0) & bad).tolist()
+    x = inputs()
+    x[7, 2] = np.nan
+    (y,) = products(x, (weights(0),), (stored(weights(2), spec),), ROUTES["even"], spec, RANGES, ANALOG, name)
+    assert np.flatnonzero(np.isnan(np.asarray(y)).all(axis=1)).tolist() == [7]
+
+
+SEEDED = [(device, {}) for device in DEVICES] + [
+    ("pcm", {"time_s": 86400.0}), ("pcm", {"time_s": 86400.0, "drift_compensation": True}),
+    ("reram_cmo", {"time_s": 3600.0}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("device", "changes"), SEEDED, ids=str)
+@pytest.mark.parametrize("name", KERNELS)
+def test_weights_programmed_in_the_kernel_are_those_of_program(name: str, device: str, changes: dict[str, Any]) -> None:
+    """Read out with one-hot inputs, for every device; padding of rows and columns moves no draw."""
+    spec = analog_spec(device, noise_scale=1.5, tile_rows=TILE_ROWS, dac_bits=None, adc_bits=None, **changes)
+    clean, key = weights(0), jax.random.key(11)
+    one_hot = np.eye(TOKENS, ROWS, dtype=np.float32)
+    for first in (0, ROWS - TOKENS):
+        x = np.roll(one_hot, first, axis=1)
+        for expert in (0, 2):
+            chosen = np.full(TOKENS, expert)
+            (y,) = products(x, (clean,), (SeededMatrix(key=key),), chosen, spec, None, ANALOG, name)
+            wanted = np.asarray(_programmed(key, clean[expert], spec, expert))[first : first + TOKENS]
+            # Different orders of fused multiplications and additions: a few roundings of numbers as large as these.
+            np.testing.assert_allclose(y, wanted, rtol=0, atol=8 * 2.0**-23 * np.abs(wanted).max())
+            assert np.abs(wanted - clean[expert, first : first + TOKENS]).max() > 0.005 * np.abs(clean[expert]).max()
+
+
+_programmed = jax.jit(lambda key, w, spec, expert: program_matrix(key, w, spec, expert=expert))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("axis", ["tile", "column"])
+def test_bounds_of_seeded_weights_are_those_of_stored_ones(name: str, axis: str) -> None:
+    spec = analog_spec(noise_scale=3.0, adc_bound=0.5, bound_axis=axis, tile_rows=TILE_ROWS)
+    clean, seeded = (jnp.asarray(weights(0)),), SeededMatrix(key=jax.random.key(1))
+    kept = jax.jit(realise)(seeded, clean[0], spec)
+    found, wanted = (
+        np.asarray(products(inputs(), clean, (side,), ROUTES["even"], spec, RANGES, ANALOG, name)[0])
+        for side in (seeded, kept)
+    )
+    step = 2 * 0.5 * RANGES.max() * float(kept.weight_max.max()) / 254
+    assert (np.abs(found - wanted) > 1e-4 * step).mean() < 0.01  # a sum at a code's boundary goes to either side
+    assert np.abs(found - wanted).max() < 1.01 * step
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_seeds_share_one_call_and_one_copy_of_the_weights(name: str) -> None:
+    """Vmap over keys: the same numbers as one key at a time, from one kernel that is given the clean weights once."""
+    spec = analog_spec(noise_scale=1.0, adc_bits=None, tile_rows=TILE_ROWS)
+    clean, keys, x = jnp.asarray(weights(0)), jax.random.split(jax.random.key(4), 3), inputs()
+
+    def one(key: jax.Array, x: Any) -> jax.Array:
+        side = (SeededMatrix(key=key),)
+        return products(x, (clean,), side, ROUTES["even"], spec, RANGES, ANALOG, name)[0]
+
+    wanted = [one(key, (1 + n) * x) for n, key in enumerate(keys)]
+    batch = jnp.stack([(1 + n) * x for n in range(3)])
+    np.testing.assert_array_equal(jax.vmap(one)(keys, batch), jnp.stack(wanted))
+    calls = [
+        e for e in _equations(jax.make_jaxpr(jax.vmap(one))(keys, batch).jaxpr) if e.primitive.name == "pallas_call"
+    ]
+    assert len(calls) == 1
+    shapes = [v.aval.shape for v in calls[0].invars]
+    assert sum(len(s) == 3 and s[0] == EXPERTS and s[1] > ROWS for s in shapes) == 1  # not 3 * EXPERTS
+    assert not any(len(s) == 3 and s[0] == 3 * EXPERTS and s[1] > ROWS for s in shapes)
+
+
+def _equations(jaxpr: Any) -> list[Any]:
+    found = []
+    for equation in jaxpr.eqns:
+        found.append(equation)
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda v: hasattr(v, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                found += _equations(inner)
+    return found
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_mapped_weights_plans_and_bounds_become_blocks(name: str) -> None:
+    spec = analog_spec(adc_bound=2.0, tile_rows=TILE_ROWS)
+    clean, x = jnp.asarray(weights(0)), inputs()
+    noisy = jnp.stack([jnp.asarray(weights(seed)) for seed in (2, 3)])
+    analog = jnp.stack([ANALOG, ~ANALOG])
+    bounds = jnp.float32([2.0, 0.4])
+
+    def one(w: Any, analog: Any, bound: Any) -> jax.Array:
+        at = dataclasses.replace(spec, adc_bound=bound)
+        return products(x, (clean,), (stored(w, spec),), ROUTES["even"], at, RANGES, analog, name)[0]
+
+    found = jax.vmap(one)(noisy, analog, bounds)
+    np.testing.assert_array_equal(found, jnp.stack([one(*item) for item in zip(noisy, analog, bounds, strict=True)]))
+    only_plans = jax.vmap(one, in_axes=(None, 0, None))(noisy[0], analog, bounds[0])
+    np.testing.assert_array_equal(only_plans[1], one(noisy[0], ~ANALOG, bounds[0]))
+
+
+BREAKS = {
+    "round_half_even": lambda x: jnp.floor(x + 0.5) + jnp.where(x > 1000.5, 1.0, 0.0) + 1.0,
+    "clip": lambda x, bound: x,  # noqa: ARG005
+    "step_size": lambda bound, bits: 2.0 * bound / (2**bits - 1),
+}
+
+
+@pytest.mark.parametrize("broken", BREAKS)
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_perturbed_kernel_fails(name: str, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_math, broken, BREAKS[broken])
+    jax.clear_caches()
+    spec = analog_spec(adc_bound=0.5, tile_rows=TILE_ROWS)
+    with pytest.raises(AssertionError):
+        assert_is_expected(run(name, spec), spec, ROUTES["even"], RANGES)
+    jax.clear_caches()
