@@ -198,6 +198,12 @@ def eval(  # noqa: A001
     seq: SEQ = 256,
     batch: Annotated[int, typer.Option(help="Windows run at once.")] = 16,
     jobs: Annotated[int | None, typer.Option(help="Seeds run side by side; default 2 on CPU, 1 elsewhere.")] = None,
+    weights: Annotated[
+        str, typer.Option(help="When crossbars are programmed: stored, layer or kernel (same numbers, less memory).")
+    ] = "stored",
+    implementation: Annotated[
+        str | None, typer.Option(help="Of analog products: xla (default), pallas (TPU, NVIDIA GPU).")
+    ] = None,
     input_range: INPUT_RANGE = "ema_std",
     range_k: RANGE_K = 12.0,
     adc_bound: ADC_BOUND = None,
@@ -220,7 +226,8 @@ def eval(  # noqa: A001
             noise_scales=[1.0] if noise_scale is None else noise_scale, time_s=time,
             drift_compensation=drift_compensation, read_noise=read_noise, read_noise_kind=read_noise_kind,
             seeds=seeds, seed=seed, text=text, tokens=tokens, seq=seq,
-            batch=batch, jobs=jobs, input_range=input_range, range_k=range_k,
+            batch=batch, jobs=jobs, weights=weights, implementation=implementation,
+            input_range=input_range, range_k=range_k,
             adc_bound=_adc_bound(adc_bound, input_range, calibration),
             bound_axis=bound_axis, dac_bits=dac_bits or None, adc_bits=adc_bits or None, tile_rows=tile_rows,
             calibration_file=calibration,
@@ -365,7 +372,7 @@ def main() -> None:
     warnings.showwarning = _show_warning
     try:
         code = app(standalone_mode=False)
-    except InputError as error:
+    except (InputError, NotImplementedError) as error:  # the latter: an implementation that cannot run this
         print(f"hetmoe: {error}", file=sys.stderr)
         sys.exit(2)
     except USAGE_ERRORS as error:  # an unknown option, a value that is no number

@@ -29,8 +29,10 @@ from hetmoe.evaluate.plot import plot_sweep
 from hetmoe.evaluate.prepare import noise_keys, prepare_text
 from hetmoe.evaluate.provenance import provenance
 from hetmoe.evaluate.rules import Scorer, scoring_scale
+from hetmoe.evaluate.run import WEIGHTS
 from hetmoe.files import check_writable, write_bytes
 from hetmoe.models.model import Model, model_fingerprint
+from hetmoe.ops.grouped_crossbar.api import IMPLEMENTATIONS
 from hetmoe.placement.parameters import digital_parameters
 from hetmoe.placement.plan import all_analog, digital_count, experts_analog
 from hetmoe.placement.plan_file import load_plan
@@ -46,6 +48,8 @@ class EvalRequest(HardwareOptions):
     fractions: list[float]
     plans: list[Path]
     noise_scales: list[float]
+    weights: str
+    implementation: str | None
     seeds: int
     seed: int
     text: Path | None
@@ -75,11 +79,20 @@ class EvalRequest(HardwareOptions):
             raise InputError("--noise-scale and --digital may each name a value only once")
         if len({path.stem for path in self.plans}) != len(self.plans):
             raise InputError("--plan may name each plan only once; results are listed by file name")
+        self._check_execution()
         self.check_hardware(self.noise_scales)
         parse_dtype(self.dtype)
         for path in (self.json_file, self.plot):
             if path is not None:
                 check_writable(path)
+
+    def _check_execution(self) -> None:
+        if self.implementation == "pallas" and jax.default_backend() == "cpu":  # else known after minutes of scoring
+            raise InputError("--implementation pallas runs on TPU and NVIDIA GPU, this is a CPU: leave it out")
+        if self.weights not in WEIGHTS:
+            raise InputError(f"--weights {self.weights!r} is unknown: use {', '.join(WEIGHTS)}")
+        if self.implementation is not None and self.implementation not in IMPLEMENTATIONS:
+            raise InputError(f"--implementation {self.implementation!r} is unknown: use {', '.join(IMPLEMENTATIONS)}")
 
 
 def run(request: EvalRequest) -> None:
@@ -170,12 +183,12 @@ def _sweep(
     batches: Any, size: TextSize, console: Console,
 ) -> list[Point]:  # fmt: skip
     spec = request.spec(request.noise_scales[0])
-    total = evaluations(placements, request.noise_scales, spec, request.seeds)
+    total = evaluations(placements, request.noise_scales, spec, request.seeds, request.weights)
     with show_progress(console, "noise seeds x placements", "evaluations", total) as advance:
         return noise_sweep(
             model, spec, calibration, placements, request.noise_scales, keys, batches, size,
             jobs=request.jobs or (2 if jax.default_backend() == "cpu" else 1),
-            progress=advance,
+            progress=advance, weights=request.weights, implementation=request.implementation,
         )  # fmt: skip
 
 

@@ -113,6 +113,8 @@ def noise_sweep(
     *,
     jobs: int,
     progress: Callable[[int], Any],
+    weights: str = "stored",
+    implementation: str | None = None,
 ) -> list[Point]:
     """Evaluates every placement at every noise scale over all seeds (`keys`).
 
@@ -130,6 +132,8 @@ def noise_sweep(
         jobs: seeds run side by side, each in a thread with programmed weights of its own. Two use two CPU cores 1.4
             times as well as XLA's own threads do with one; results do not depend on it.
         progress: called with the number of finished (placement, scale, seed) evaluations, after each compiled call.
+        weights: when they are programmed, as in `evaluate_seeds`.
+        implementation: of analog products, as in `forward`.
 
     Raises:
         InputError: for placements of another model, a placement with neither one plan nor one per seed, or a
@@ -140,14 +144,14 @@ def noise_sweep(
             raise InputError(f"placement {placement.name!r} has {len(placement.plans)} plans for {len(keys)} seeds")
         for plan in placement.plans:
             check_plan(plan, model.config)
-    at_once = seeds_at_once(len(keys))
+    at_once = seeds_at_once(len(keys), weights)
     points: dict[tuple[str, float], Point] = {}
     with ThreadPoolExecutor(jobs) as executor:
         for group in _groups(placements):
             per_seed = [stack_plans([p.plans[s % len(p.plans)] for p in group]) for s in range(len(keys))]
             first = stack_plans(per_seed[:at_once])
             compiled = evaluate_seeds.lower(
-                model.params, keys[:at_once], first, spec, calibration, batches, model.config
+                model.params, keys[:at_once], first, spec, calibration, batches, model.config, weights, implementation
             ).compile()  # once for all scales, seeds and plans, before threads start
             for scale in noise_scales:
                 scaled = dataclasses.replace(spec, noise_scale=jnp.asarray(scale, jnp.float32))
@@ -185,8 +189,10 @@ def _seeds_needed(group: Sequence[Placement], *, quiet: bool, seeds: int) -> int
     return 1 if quiet and all(len(p.plans) == 1 for p in group) else seeds
 
 
-def seeds_at_once(seeds: int) -> int:
-    """Seeds per compiled call: few, so that progress is seen and threads share the work evenly."""
+def seeds_at_once(seeds: int, weights: str) -> int:
+    """Seeds per compiled call: all if they run together, else few, to see progress and share threads evenly."""
+    if weights == "kernel":
+        return seeds
     return 2 if seeds % 2 == 0 else 1
 
 
@@ -195,11 +201,17 @@ def is_quiet(scale: float, spec: AnalogSpec) -> bool:
     return scale == 0 and spec.time_s is None and spec.read_noise is None
 
 
-def evaluations(placements: Sequence[Placement], noise_scales: Sequence[float], spec: AnalogSpec, seeds: int) -> int:
+def evaluations(
+    placements: Sequence[Placement],
+    noise_scales: Sequence[float],
+    spec: AnalogSpec,
+    seeds: int,
+    weights: str = "stored",
+) -> int:
     """How many evaluations `noise_sweep` will report to `progress`."""
     total = 0
     for group in _groups(placements):
         for scale in noise_scales:
             needed = _seeds_needed(group, quiet=is_quiet(scale, spec), seeds=seeds)
-            total += len(group) * max(needed, seeds_at_once(seeds))
+            total += len(group) * max(needed, seeds_at_once(seeds, weights))
     return total

@@ -10,7 +10,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from hetmoe.analog.calibration import Calibration
-from hetmoe.analog.programming import program
+from hetmoe.analog.programming import program, seeded_weights
 from hetmoe.analog.spec import AnalogSpec
 from hetmoe.evaluate.text import Windows
 from hetmoe.models.config import ModelConfig
@@ -19,6 +19,7 @@ from hetmoe.models.params import Params
 from hetmoe.models.transformer import head_logits, hidden_states
 from hetmoe.placement.plan import Plan
 
+WEIGHTS = ("stored", "layer", "kernel")  # when they are programmed: see `seeded_weights`
 READ_STREAM = 0x7EAD  # folded into a seed's key for read noise; far from any layer number, which programming folds in
 
 
@@ -87,7 +88,10 @@ def answer_credit(log_probs: Float[Array, "*batch choices"]) -> Float[Array, "*b
     return best[..., 0].astype(jnp.float32) / jnp.sum(best.astype(jnp.float32), axis=-1)
 
 
-NO_ANALOG: dict[str, Any] = {"plan": None, "spec": None, "programmed": None, "calibration": None, "read_key": None}
+NO_ANALOG: dict[str, Any] = {
+    "plan": None, "spec": None, "programmed": None, "calibration": None, "read_key": None,
+    "implementation": None,
+}  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -97,7 +101,7 @@ def evaluate_digital(params: Params, batches: Batches, config: ModelConfig) -> T
     return jax.tree.map(jnp.sum, per_batch)
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames=("config", "weights", "implementation"))
 def evaluate_seeds(
     params: Params,
     keys: jax.Array,
@@ -106,11 +110,14 @@ def evaluate_seeds(
     calibration: Calibration | None,
     batches: Batches,
     config: ModelConfig,
+    weights: str = "stored",
+    implementation: str | None = None,
 ) -> Totals:
-    """Totals `[seeds, placements]`: each seed programs the model once and runs all placements on it.
+    """Totals `[seeds, placements]`: all placements of a seed run on the same chip.
 
-    Placements therefore share their random numbers, so their differences are free of most of the seeds' spread. Seeds
-    and placements run one after the other (`lax.map`): side by side they would need a copy of the weights each.
+    Placements therefore share their random numbers, so their differences are free of most of the seeds' spread. They
+    run one after the other (`lax.map`), and so do seeds, which would need a copy of the weights each, but where weights
+    are made in the kernel: then all seeds run side by side. Numbers do not depend on `weights` but for rounding.
     Compiles once for all noise scales, seeds and placements of one shape.
 
     Args:
@@ -121,12 +128,17 @@ def evaluate_seeds(
         calibration: DAC ranges; None = dynamic.
         batches: text.
         config: static.
+        weights: `"stored"` (programmed once for all text), `"layer"` or `"kernel"` (`seeded_weights`); static.
+        implementation: of analog products, as in `forward`; static.
     """
     dense = plans.switches_dense
 
     def one_seed(seed: tuple[jax.Array, Plan]) -> Totals:
         key, seed_plans = seed
-        programmed = program(key, params, spec, dense=dense)
+        if weights == "stored":
+            programmed = program(key, params, spec, dense=dense)
+        else:
+            programmed = seeded_weights(key, dense=dense, when=weights)  # pyright: ignore[reportArgumentType]
 
         def one_placement(plan: Plan) -> Totals:
             def one_batch(item: tuple[Array, Batches]) -> Totals:
@@ -136,7 +148,7 @@ def evaluate_seeds(
                     read_key = jax.random.fold_in(jax.random.fold_in(key, READ_STREAM), index)
                 analog = {
                     "plan": plan, "spec": spec, "programmed": programmed,
-                    "calibration": calibration, "read_key": read_key,
+                    "calibration": calibration, "read_key": read_key, "implementation": implementation,
                 }  # fmt: skip
                 return _score_batch(params, batch, config, analog)
 
@@ -145,4 +157,4 @@ def evaluate_seeds(
 
         return jax.lax.map(one_placement, seed_plans)
 
-    return jax.lax.map(one_seed, (keys, plans))
+    return jax.vmap(one_seed)((keys, plans)) if weights == "kernel" else jax.lax.map(one_seed, (keys, plans))

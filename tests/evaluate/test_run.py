@@ -69,6 +69,19 @@ def test_seeds_match_one_forward_each(tiny: Model, windows: Windows, choices: np
     assert float(totals.nll[0, 0]) != float(totals.nll[1, 0])
 
 
+@pytest.mark.parametrize("weights", ["layer", "kernel"])
+def test_weights_programmed_on_the_way_give_the_same_totals(tiny: Model, batches: Batches, weights: str) -> None:
+    """Ideal converters: no code can move. `kernel` runs all seeds side by side."""
+    keys, _, stacked = seeds_and_plans(tiny)
+    spec = hetmoe.analog_spec("additive", noise_scale=1.0, tile_rows=20, dac_bits=None, adc_bits=None)
+    found, stored = (
+        evaluate_seeds(tiny.params, keys, stacked, spec, None, batches, tiny.config, weights=w)
+        for w in (weights, "stored")
+    )
+    np.testing.assert_allclose(found.nll, stored.nll, rtol=3e-6)
+    assert abs(float(stored.nll[0, 0]) - float(stored.nll[1, 0])) > 1e-4 * float(stored.nll[0, 0])
+
+
 def test_a_sweep_compiles_once(tiny: Model, batches: Batches) -> None:
     keys, _, stacked = seeds_and_plans(tiny)
     chex.clear_trace_counter()
