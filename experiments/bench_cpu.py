@@ -9,11 +9,13 @@ two minutes on two idle cores. Run it on an otherwise idle machine: the first li
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -30,6 +32,8 @@ from hetmoe.analog.programming import program_matrix
 from hetmoe.analog.tiles import block_max
 from hetmoe.checkpoint.load import model_directory
 from hetmoe.evaluate.provenance import provenance
+from hetmoe.models.abstract import init_params
+from hetmoe.models.model import Model
 from hetmoe.ops.dispatch import dispatch, to_blocks
 from hetmoe.ops.grouped_matmul.xla import grouped_matmul
 
@@ -84,10 +88,34 @@ def crossbar_commands() -> Commands:
     }
 
 
-def forward_commands() -> Commands:
-    """The reference model, digital, all logits."""
-    model = hetmoe.load_model("reference", "float32")
-    tokens = jax.random.randint(jax.random.key(0), (BATCH, LENGTH), 0, model.config.vocab_size)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForwardCase:
+    """A digital model whose forward pass is timed, all logits."""
+
+    name: str
+    directory: Path
+    batch: int
+
+
+def forward_cases(folder: Path) -> list[ForwardCase]:
+    """The embedded model, and random weights of OLMoE's proportions at a quarter of its width, saved in `folder`."""
+    config = dataclasses.replace(
+        hetmoe.load_model("reference").config, hidden_size=512, num_heads=8, num_kv_heads=8, head_dim=64,
+        num_experts=16, experts_per_token=4, expert_intermediate_size=512, vocab_size=8192,
+    )  # fmt: skip
+    params = init_params(jax.random.key(0), config)
+    random = Model(params=params, config=config, tokenizer=None, eos_token_id=None, name="proportions")
+    hetmoe.save_model(folder, random)
+    return [
+        ForwardCase(name="reference", directory=model_directory("reference"), batch=BATCH),
+        ForwardCase(name="proportions", directory=folder, batch=8),
+    ]
+
+
+def forward_commands(case: ForwardCase) -> Commands:
+    """Ours."""
+    model = hetmoe.load_model(str(case.directory), "float32")
+    tokens = jax.random.randint(jax.random.key(0), (case.batch, LENGTH), 0, model.config.vocab_size)
     return {"forward": timed(jax.jit(hetmoe.forward, static_argnames="config"), model.params, tokens, model.config)}
 
 
@@ -184,16 +212,16 @@ def main(
         results["crossbar"] = measure(crossbar_commands(), call, names, rounds)
     show(console, f"x[{ROWS}, {INPUTS}] @ w[{INPUTS}, {OUTPUTS}], 8-bit converters, 512-row tiles",
          results["crossbar"], base_of_crossbar)  # fmt: skip
-    ours = forward_commands()
-    for code in ("grouped_mm", "eager"):
-        options = ("--model", str(model_directory("reference")), "--batch", str(BATCH), "--length", str(LENGTH))
-        with peer(peer_python, "forward", *options, "--experts", code) as call:
-            medians = measure(ours, call, ["forward"], rounds)
-        results[f"forward, {code}"] = medians
-        show(console, f"reference model, {BATCH} x {LENGTH} tokens, float32 (peer: transformers, {code} experts)",
-             medians, lambda _: "forward")  # fmt: skip
-        if peer_python is None:
-            break
+    with tempfile.TemporaryDirectory() as folder:
+        for case in forward_cases(Path(folder)):
+            ours = forward_commands(case)
+            for code in ("grouped_mm", "eager")[: 1 if peer_python is None else 2]:
+                options = ("--model", str(case.directory), "--batch", str(case.batch), "--length", str(LENGTH))
+                with peer(peer_python, "forward", *options, "--experts", code) as call:
+                    medians = measure(ours, call, ["forward"], rounds)
+                results[f"forward, {case.name}, {code}"] = medians
+                show(console, f"{case.name}, {case.batch} x {LENGTH} tokens, float32 (peer: transformers, {code})",
+                     medians, lambda _: "forward")  # fmt: skip
     results["blocks"] = measure(block_size_commands(), None, [], rounds)
     show(console, "dispatch and grouped matmul, 4096 tokens, top-2 of 32 experts, 128 x 128",
          results["blocks"], lambda _: "block 64")  # fmt: skip
