@@ -43,6 +43,8 @@ _TABLES = (
         platform, machine, device_platform, device_kind, device_count,
         (SELECT json_extract(value, '$.name') FROM meta WHERE key = 'model') AS model,
         (SELECT json_extract(value, '$.fingerprint') FROM meta WHERE key = 'model') AS fingerprint,
+        (SELECT json_extract(value, '$.weights_sha256') FROM meta WHERE key = 'model') AS weights_sha256,
+        (SELECT json_extract(value, '$') FROM meta WHERE key = 'calibration') AS calibration_sha256,
         (SELECT value FROM meta WHERE key = 'config') AS config,
         (SELECT value FROM meta WHERE key = 'text') AS text
         FROM finished JOIN runs USING (worker)""",

@@ -67,7 +67,7 @@ _JSON = ("command", "versions", "key_words", "text")
 _PROVENANCE = (
     "worker", "started_utc", "ended_utc", "seconds", "evaluated_together", "key_words", "run_started_utc", "command",
     "git_revision", "code_digest", "versions", "platform", "machine", "device_platform", "device_kind", "device_count",
-    "text",
+    "text", "fingerprint", "weights_sha256", "calibration_sha256",
 )  # fmt: skip
 
 

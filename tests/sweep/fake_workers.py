@@ -22,7 +22,8 @@ FACTS = {
 IDENTITY = {
     "config": {"grid": {"seeds": 25, "noise_scales": [0.5, 1.0], "seed": 0, "scoring_scale": None}, "model": "m"},
     "text": {"a.txt": "0"},
-    "model": {"name": "m", "fingerprint": "f"},
+    "model": {"name": "m", "fingerprint": "f", "weights_sha256": "w"},
+    "calibration": "c",
     "code": {"version": "1", "source_digest": "d", "threefry_partitionable": True},
 }
 TIMING = Timing(started_utc="a", ended_utc="b", seconds=0.25, key_words=[1, 2])

@@ -313,8 +313,7 @@ def test_point_ids_are_what_they_were() -> None:
 
 def test_results_can_be_queried_with_sql(tmp_path: Path) -> None:
     fill(tmp_path, grid()[:1])
-    rows = query(
-        tmp_path, "SELECT placement, nll, model, fingerprint, code_digest, device_kind, key_words FROM results"
-    )
-    assert rows[0] == ("experts_analog", measure(grid()[0][0]).nll, "m", "f", "d", "cpu", "[1, 2]")
+    digests = "model, fingerprint, weights_sha256, calibration_sha256, code_digest"
+    rows = query(tmp_path, f"SELECT placement, nll, {digests}, device_kind, key_words FROM results")
+    assert rows[0] == ("experts_analog", measure(grid()[0][0]).nll, "m", "f", "w", "c", "d", "cpu", "[1, 2]")
     assert query(tmp_path, "PRAGMA journal_mode") == [("wal",)]

@@ -79,6 +79,10 @@ def test_the_numbers_are_those_of_eval_and_programs_are_compiled_once(
     for key, values in found.items():
         # Another compiled program: rounding may move single ADC codes.
         np.testing.assert_allclose(values, expected[key], rtol=1e-3, err_msg=str(key))
+    weights = model_identity(load_for_sweep(read_config(config)))["weights_sha256"]
+    assert {(r.provenance["weights_sha256"], r.provenance["calibration_sha256"]) for r in record.results} == {
+        (weights, None)
+    }
     words = {r.point.seed_index: r.provenance["key_words"] for r in record.results}
     assert [words[0], words[1]] == evaluated["seed_keys"]
     np.testing.assert_allclose(np.sum(record.frequencies, axis=1), 2, rtol=1e-6)  # experts per token
