@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from hetmoe.analog.devices import Device
 from hetmoe.ops.crossbar_matmul.base import CrossbarOptions
 from hetmoe.ops.grouped_crossbar import block_sizes, pallas_tpu, pallas_triton
-from hetmoe.ops.grouped_crossbar.block_sizes import Platform
+from hetmoe.ops.grouped_crossbar.block_sizes import BlockSizes, Platform
 from hetmoe.ops.grouped_crossbar.blocks import Matrix, Tables, fold
 from hetmoe.ops.grouped_crossbar.gradient import blocks_gradient
 from hetmoe.ops.grouped_crossbar.packing import make_layout, pack_rows, pad_axis, round_up
@@ -33,11 +33,19 @@ KERNELS = {"tpu": pallas_tpu.blocks_matmul, "cuda": pallas_triton.blocks_matmul}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Static:
-    """What a change of recompiles. `interpret` runs the kernel of that platform operation by operation, anywhere."""
+    """What a change of recompiles.
+
+    Attributes:
+        options: of the converters.
+        device: noise model, where weights are programmed on the way.
+        interpret: runs the kernel of that platform operation by operation, anywhere.
+        sizes: of the kernel's blocks; None = `block_sizes.choose`.
+    """
 
     options: CrossbarOptions
     device: Device | None
     interpret: Platform | None
+    sizes: BlockSizes | None = None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -113,7 +121,7 @@ def _on(
     """Packs the operands as the platform's kernel wants them, and runs it."""
     w = weights_of(matrices[0])
     rows, columns = w.shape[1:]
-    sizes = block_sizes.choose(
+    sizes = static.sizes or block_sizes.choose(
         platform, rows=x.shape[1], columns=columns, matrices=len(matrices), item_bytes=w.dtype.itemsize
     )
     layout = make_layout(rows, static.options.tile_rows, sizes.chunk)
