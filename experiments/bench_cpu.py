@@ -138,7 +138,7 @@ def block_size_commands() -> Commands:
 
 
 @contextlib.contextmanager
-def peer(python: Path | None, what: str, *options: str) -> Generator[Callable[[str], float] | None]:
+def peer(python: Path | None, what: str, *options: str, **environment: str) -> Generator[Callable[[str], float] | None]:
     """A running `bench_peers.py`, as a function from a command's name to its seconds; None without a peer."""
     if python is None:
         yield None
@@ -147,6 +147,7 @@ def peer(python: Path | None, what: str, *options: str) -> Generator[Callable[[s
     process = subprocess.Popen(
         [str(python), str(script), "--what", what, "--serve", *options],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env=os.environ | environment,
     )  # fmt: skip
     assert process.stdin is not None and process.stdout is not None
     asks, answers = process.stdin, process.stdout

@@ -8,6 +8,9 @@ Commands, in an environment with torch (CPU), and aihwkit-lightning 2.1 or trans
 Each runs every command of its choice in turn, `--rounds` times, and prints one JSON line: the median seconds of each
 command, the single times, shapes, threads and versions. Cost of the first: about 10 seconds on two cores.
 
+`--side N` makes the matrices of the first choice N x N and bfloat16, on a GPU if torch sees one; with
+AIHWKIT_USE_TRITON=1 in the environment aihwkit-lightning then runs its Triton kernels. Not run on a GPU yet.
+
 With `--serve` it is a process that another benchmark drives, so that two programs are timed in turns on one machine:
 it warms up, then reads one command per line from standard input and answers each with one line, the seconds of one
 timed call, until the input ends. Nothing else goes to standard output.
@@ -50,6 +53,7 @@ Commands = dict[str, Callable[[], Any]]
 
 ROWS, INPUTS, OUTPUTS, TILE_ROWS, SEEDS = 512, 2048, 1024, 512, 8
 STEPS, ADC_BOUND, INPUT_RANGE, NOISE = 254, 12.0, 3.0, 0.0175
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def make_crossbar_layer(weight: Any, *, dynamic: bool, noisy: bool) -> Any:
@@ -74,20 +78,23 @@ def make_crossbar_layer(weight: Any, *, dynamic: bool, noisy: bool) -> Any:
         config.modifier.noise_type = WeightNoiseInjectionType.ADD_NORMAL
         config.modifier.std_dev = NOISE
     outputs, inputs = weight.shape
-    layer = AnalogLinear(inputs, outputs, bias=False, rpu_config=config)
+    layer = AnalogLinear(inputs, outputs, bias=False, rpu_config=config).to(weight.device, weight.dtype)
     layer.set_weights(weight)
     return layer.train(noisy)
 
 
-def crossbar_commands() -> Commands:
+def crossbar_commands(side: int | None) -> Commands:
     """One matrix: lightning's layer in four uses, and torch's linear layer."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(ROWS, INPUTS, generator=generator)
-    weight = 0.02 * torch.randn(OUTPUTS, INPUTS, generator=generator)
+    rows, inputs, outputs = (side or size for size in (ROWS, INPUTS, OUTPUTS))
+    x = torch.randn(rows, inputs, generator=generator)
+    weight = 0.02 * torch.randn(outputs, inputs, generator=generator)
+    if side is not None:
+        x, weight = (values.to(DEVICE, torch.bfloat16) for values in (x, weight))
     static = make_crossbar_layer(weight, dynamic=False, noisy=False)
     dynamic = make_crossbar_layer(weight, dynamic=True, noisy=False)
     noisy = make_crossbar_layer(weight, dynamic=False, noisy=True)
-    plain = torch.nn.Linear(INPUTS, OUTPUTS, bias=False)
+    plain = torch.nn.Linear(inputs, outputs, bias=False, device=weight.device, dtype=weight.dtype)
     plain.weight.data.copy_(weight)
 
     def over_seeds() -> None:
@@ -122,6 +129,8 @@ def time_call(call: Callable[[], Any]) -> float:
     with torch.no_grad():
         start = time.perf_counter()
         call()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
         return time.perf_counter() - start
 
 
@@ -164,6 +173,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time aihwkit-lightning's crossbar layer or transformers' OLMoE.")
     parser.add_argument("--what", choices=("crossbar", "forward"), required=True)
     parser.add_argument("--model", help="directory with config.json and safetensors; required for forward")
+    parser.add_argument("--side", type=int, help="of the square bfloat16 matrices of crossbar (default: see above)")
     parser.add_argument("--batch", type=int, default=2, help="sequences of forward")
     parser.add_argument("--length", type=int, default=128, help="tokens of each sequence of forward")
     parser.add_argument(
@@ -187,8 +197,9 @@ def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
     if arguments.what == "crossbar":
-        commands = crossbar_commands()
-        shapes: dict[str, Any] = {"x": [ROWS, INPUTS], "w": [INPUTS, OUTPUTS], "tile_rows": TILE_ROWS, "seeds": SEEDS}
+        commands = crossbar_commands(arguments.side)
+        rows, inputs, outputs = (arguments.side or size for size in (ROWS, INPUTS, OUTPUTS))
+        shapes: dict[str, Any] = {"x": [rows, inputs], "w": [inputs, outputs], "tile_rows": TILE_ROWS, "seeds": SEEDS}
     else:
         commands = forward_commands(arguments.model, arguments.batch, arguments.length, arguments.experts)
         shapes = {"tokens": [arguments.batch, arguments.length], "experts": arguments.experts}

@@ -1,0 +1,111 @@
+"""The kernels' benchmark runs, counts the work of its cases rightly, and refuses in one line."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+import bench_kernels
+import kernel_cases
+import kernel_sweep
+from hetmoe.models.abstract import abstract_params, is_leaf
+from kernel_work import FULL, SMALL, Work, backward_work, crossbar_work, grouped_work, model_work, seed_work
+
+
+def test_every_case_on_small_shapes(tmp_path, capsys) -> None:
+    file = tmp_path / "kernels.json"
+    bench_kernels.main(small=True, rounds=1, output=file)
+    record, printed = json.loads(file.read_text()), capsys.readouterr().out
+    assert record["provenance"]["command"][:2] == ["python", "experiments/bench_kernels.py"]
+    assert jax.devices()[0].device_kind in printed
+    assert set(record["cases"]) == set(kernel_cases.CASES)
+    for case in record["cases"].values():
+        assert not case["failed"]
+        for row in case["rows"]:
+            for name in ("floor_operations_s", "floor_bytes_s", "ours_s", "plain_s", "to_floor", "to_plain"):
+                assert row[name] > 0 and math.isfinite(row[name])
+            assert row.get("met") is None  # targets are those of an H200
+    assert [row["way"] for row in record["cases"]["seeds"]["rows"]] == ["stored", "kernel", "layer", "copies"]
+    assert record["cases"]["model"]["rows"][0]["tokens_per_s"] > 0
+
+
+def test_work_of_the_full_shapes() -> None:
+    assert crossbar_work(FULL) == Work(2 * 8192**3, 2 * 8192**2 + 2 * 8192**2 + 4 * 8192**2)
+    copies, expert = 16384 * 8, 3 * 2048 * 1024
+    rows = copies * (2 * 2048 + 4 * 1024 + 4 * 1024 + 2 * 1024 + 4 * 2048)
+    assert grouped_work(FULL, 16384, 64) == Work(6 * copies * 2048 * 1024, 64 * 2 * expert + rows)
+    rows = 256 * (2 * 2048 + 4 * 1024 + 4 * 1024 + 2 * 1024 + 4 * 2048)
+    assert grouped_work(FULL, 32, 63) == Work(6 * 256 * 2048 * 1024, 63 * 2 * expert + rows)
+    # Read: rows, weights, gradients of the results. Written: gradients of rows and weights.
+    rows = copies * 2 * (2 * 2048 + 2 * 1024) + copies * 4 * (1024 + 1024 + 2048)
+    assert backward_work(FULL, 16384) == Work(12 * copies * 2048 * 1024, 2 * 64 * 2 * expert + rows)
+    assert seed_work(FULL, 32, 63) == Work(6 * 256 * 2048 * 1024, 2 * (63 * expert + 32 * 2048 + 32 * 2048))
+    per_token = 16 * (4 * 2048 * 2048 + 2048 * 64 + 8 * expert) + 2048 * 50304
+    scores = 16 * 8 * (2048 * 2049 // 2) * 2 * 2 * 2048  # queries by keys, and weights by values
+    assert model_work(FULL).operations == 2 * 8 * 2048 * per_token + scores
+
+
+def test_bytes_of_the_model_are_its_matrices() -> None:
+    leaves = jax.tree.leaves(abstract_params(FULL.config), is_leaf=is_leaf)
+    matrices = sum(math.prod(leaf.shape) for leaf in leaves if leaf.init and not leaf.key.startswith("model.embed"))
+    assert model_work(FULL).bytes == 2 * matrices
+
+
+def test_work_is_that_of_the_plain_programs(monkeypatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    chosen = kernel_cases.random_routing(SMALL, SMALL.tokens)
+    assert len(np.unique(chosen)) == SMALL.config.num_experts
+    assert all(len(set(experts)) == len(experts) for experts in chosen.tolist())
+    programs = kernel_cases.plain_products(SMALL, chosen, kernel_cases.make_clean(SMALL))
+    work = grouped_work(SMALL, SMALL.tokens, SMALL.config.num_experts)
+    for program in programs.values():
+        results = jax.eval_shape(program.function, *program.arguments)
+        operands = program.arguments[:3]
+        assert sum(y.size * y.dtype.itemsize for y in jax.tree.leaves((results, operands))) == work.bytes
+    equal = programs["equal groups"]
+    analysis = jax.jit(equal.function).lower(*equal.arguments).cost_analysis()
+    assert analysis["flops"] == work.operations
+    ragged = kernel_cases._gradient(programs["ragged_dot"])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.jit(ragged.function)(*ragged.arguments)))
+
+
+def test_products_are_near_the_plain_ones() -> None:
+    """Noise and converters aside, ours multiply the same rows by the same experts."""
+    chosen = kernel_cases.random_routing(SMALL, SMALL.decode_tokens)
+    operands = kernel_cases.make_experts(SMALL, chosen, 8)
+    o = operands
+    plain = jax.jit(kernel_cases._block_products)(o.x, o.mid, o.programmed, o.block_expert)
+    for ours, other in zip(kernel_cases.crossbar_products(operands, "xla"), plain, strict=True):
+        used = np.asarray(o.used)
+        assert np.corrcoef(np.asarray(ours)[used].ravel(), np.asarray(other)[used].ravel())[0, 1] > 0.99
+
+
+def test_sweep_uses_the_sizes_it_names(monkeypatch, tmp_path) -> None:
+    monkeypatch.setitem(kernel_sweep.ALTERNATIVES, "cuda", kernel_sweep.CUDA[:1])
+    monkeypatch.setattr(kernel_sweep, "ROWS", (16,))
+    file = tmp_path / "sweep.json"
+    bench_kernels.main(
+        ["decode"], small=True, sweep_blocks=True, implementation="interpret_cuda", rounds=1, output=file
+    )
+    rows = json.loads(file.read_text())["sweep"]
+    assert [(row["product"], row["sizes"] and row["sizes"]["chunk"]) for row in rows] == [
+        ("gate+up", None), ("gate+up", 32), ("down", None), ("down", 32),
+    ]  # fmt: skip
+    assert all(row["ours_s"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"implementation": "pallas", "case": ["decode"]}, "runs on TPU and NVIDIA GPU"),
+        ({"implementation": "cudnn", "case": ["decode"]}, "choose one of xla, pallas"),
+        ({"case": ["encode"]}, "choose from seeds-decode, seeds"),
+        ({"sweep_blocks": True}, "only the kernels have block sizes"),
+    ],
+)
+def test_what_cannot_run_ends_in_one_line(options, message: str) -> None:
+    with pytest.raises(SystemExit, match=message) as caught:
+        bench_kernels.main(small=True, rounds=1, **options)
+    assert "\n" not in str(caught.value)
