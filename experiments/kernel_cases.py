@@ -52,8 +52,12 @@ class Case:
 
 
 def normal(seed: int, *shape: int, scale: float = 1.0, dtype: Any = DTYPE) -> Array:
-    draw = jax.jit(lambda: (scale * jax.random.normal(jax.random.key(seed), shape)).astype(dtype))
-    return draw()
+    return _normal(jax.random.key(seed), scale, shape, dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def _normal(key: Array, scale: float, shape: tuple[int, ...], dtype: Any) -> Array:
+    return (scale * jax.random.normal(key, shape)).astype(dtype)
 
 
 def tile_ranges(spec: AnalogSpec, rows: int, *stack: int) -> Array:
@@ -76,6 +80,9 @@ def crossbar_case(sizes: Sizes, implementation: str) -> Case:
 
     ours = Program(run, (x, w, tile_ranges(spec, sizes.side), maxima))
     return Case(work=crossbar_work(sizes), ours={"": ours}, plain={"matmul": Program(plain_matmul, (x, w))})
+
+
+_dispatch = jax.jit(dispatch, static_argnums=(1, 2))
 
 
 @struct.dataclass
@@ -104,6 +111,7 @@ def make_clean(sizes: Sizes) -> FeedForward:
     return FeedForward(gate=gate, up=up, down=normal(4, experts, inner, hidden, scale=0.02))
 
 
+@jax.jit
 def program_layer(key: Array, clean: FeedForward, spec: AnalogSpec) -> dict[str, ProgrammedMatrix]:
     """One layer's experts as `program` stores them."""
     return {name: realise(side, getattr(clean, name), spec) for name, side in seeded_layer(key).items()}
@@ -115,9 +123,9 @@ def seeded_layer(key: Array) -> dict[str, SeededMatrix]:
 
 def make_experts(sizes: Sizes, chosen: np.ndarray, block: int) -> Experts:
     clean, spec = make_clean(sizes), hetmoe.analog_spec()
-    plan = dispatch(jnp.asarray(chosen), sizes.config.num_experts, block)
-    x = to_blocks(normal(0, len(chosen), sizes.config.hidden_size), plan)
-    stored = jax.jit(program_layer)(jax.random.key(5), clean, spec)
+    plan = _dispatch(chosen, sizes.config.num_experts, block)
+    x = jax.jit(to_blocks)(normal(0, len(chosen), sizes.config.hidden_size), plan)
+    stored = program_layer(jax.random.key(5), clean, spec)
     return Experts(
         x=x,
         mid=normal(1, *x.shape[:2], sizes.config.expert_intermediate_size),
@@ -172,7 +180,7 @@ def plain_products(sizes: Sizes, chosen: np.ndarray, clean: FeedForward) -> dict
         return normal(6, *shape, c.hidden_size), normal(7, *shape, c.expert_intermediate_size)
 
     if jax.default_backend() == "cpu":  # where ragged_dot is far slower
-        plan = dispatch(jnp.asarray(chosen), c.num_experts, choose_block_size(copies, c.num_experts))
+        plan = _dispatch(chosen, c.num_experts, choose_block_size(copies, c.num_experts))
         blocks = rows(len(plan.block_expert), plan.block_size)
         return {"grouped_matmul": Program(_block_products, (*blocks, clean, plan.block_expert))}
     # XLA may have no fast ragged_dot for a GPU; the other one has the same work where all loads are equal.
@@ -258,7 +266,7 @@ def seeds_case(sizes: Sizes, tokens: int, implementation: str) -> Case:
         return jax.lax.map(lambda one: run(x, clean, routing, one), programmed)
 
     shared, keys = (x, clean, routing), jax.random.split(jax.random.key(9), sizes.seeds)
-    stored = jax.jit(program_layer)(keys[0], clean, spec)
+    stored = program_layer(keys[0], clean, spec)
     ways = {function.__name__: Program(function, (*shared, keys)) for function in (kernel, layer, copies)}
     return Case(
         work=seed_work(sizes, tokens, len(np.unique(chosen))),

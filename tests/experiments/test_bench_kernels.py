@@ -2,6 +2,8 @@
 
 import json
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,21 +16,61 @@ from hetmoe.models.abstract import abstract_params, is_leaf
 from kernel_work import FULL, SMALL, Work, backward_work, crossbar_work, grouped_work, model_work, seed_work
 
 
-def test_every_case_on_small_shapes(tmp_path, capsys) -> None:
-    file = tmp_path / "kernels.json"
-    bench_kernels.main(small=True, rounds=1, output=file)
-    record, printed = json.loads(file.read_text()), capsys.readouterr().out
-    assert record["provenance"]["command"][:2] == ["python", "experiments/bench_kernels.py"]
-    assert jax.devices()[0].device_kind in printed
-    assert set(record["cases"]) == set(kernel_cases.CASES)
+def record_of(folder, cases: list[str] | None) -> dict[str, Any]:
+    file = folder / "kernels.json"
+    bench_kernels.main(cases, small=True, rounds=1, output=file)
+    record = json.loads(file.read_text())
     for case in record["cases"].values():
         assert not case["failed"]
         for row in case["rows"]:
             for name in ("floor_operations_s", "floor_bytes_s", "ours_s", "plain_s", "to_floor", "to_plain"):
                 assert row[name] > 0 and math.isfinite(row[name])
             assert row.get("met") is None  # targets are those of an H200
+    return record
+
+
+def test_cases_on_small_shapes(tmp_path, capsys) -> None:
+    record, printed = record_of(tmp_path, ["crossbar", "decode"]), capsys.readouterr().out
+    assert record["provenance"]["command"][:2] == ["python", "experiments/bench_kernels.py"]
+    assert jax.devices()[0].device_kind in printed
+    assert set(record["cases"]) == {"crossbar", "decode"}
+
+
+@pytest.mark.slow
+def test_every_case_on_small_shapes(tmp_path) -> None:
+    record = record_of(tmp_path, None)
+    assert set(record["cases"]) == set(kernel_cases.CASES)
     assert [row["way"] for row in record["cases"]["seeds"]["rows"]] == ["stored", "kernel", "layer", "copies"]
     assert record["cases"]["model"]["rows"][0]["tokens_per_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("case", "way", "numbers", "met"),
+    [
+        ("crossbar", "", {"to_plain": 1.42}, True),
+        ("crossbar", "", {"to_plain": 1.44}, False),
+        ("grouped", "", {"to_plain": 1.6}, True),
+        ("grouped", "", {"to_plain": None}, False),
+        ("decode", "", {"floor_bytes_s": 0.71}, True),
+        ("decode", "", {"floor_bytes_s": 0.69}, False),
+        ("seeds", "layer", {"ours_s": 3.0, "planned_bytes": 110}, True),
+        ("seeds", "layer", {"ours_s": 3.1, "planned_bytes": 110}, False),
+        ("seeds", "kernel", {"ours_s": 3.0, "planned_bytes": 111}, False),
+        ("seeds", "kernel", {"ours_s": 3.0, "planned_bytes": 150, "peak_bytes": 109}, True),
+        ("backward", "", {}, None),
+    ],
+)
+@pytest.mark.parametrize("kind", ["NVIDIA H200", "NVIDIA A100"])
+def test_targets(monkeypatch, case: str, way: str, numbers: dict[str, Any], met: bool | None, kind: str) -> None:
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind)])
+    stored = {"case": case, "way": "stored", "ours_s": 1.0, "planned_bytes": 10, "peak_bytes": None}
+    copies = stored | {"way": "copies", "ours_s": 2.0}
+    row = stored | {"way": way} | numbers
+    if "peak_bytes" in numbers:
+        stored["peak_bytes"] = copies["peak_bytes"] = 9
+    rows = [stored, copies, row] if case == "seeds" else [row]
+    bench_kernels.judge(rows, 100 if case == "seeds" else None)
+    assert row.get("met") is (met if "H200" in kind else None)
 
 
 def test_work_of_the_full_shapes() -> None:
@@ -99,8 +141,8 @@ def test_sweep_uses_the_sizes_it_names(monkeypatch, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"implementation": "pallas", "case": ["decode"]}, "runs on TPU and NVIDIA GPU"),
-        ({"implementation": "cudnn", "case": ["decode"]}, "choose one of xla, pallas"),
+        ({"implementation": "pallas", "case": ["crossbar"]}, "runs on TPU and NVIDIA GPU"),
+        ({"implementation": "cudnn", "case": ["crossbar"]}, "choose one of xla, pallas"),
         ({"case": ["encode"]}, "choose from seeds-decode, seeds"),
         ({"sweep_blocks": True}, "only the kernels have block sizes"),
     ],
