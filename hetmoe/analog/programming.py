@@ -16,6 +16,7 @@ from hetmoe.models.matrices import Matrix, crossbar_matrices
 from hetmoe.models.params import DenseLayer, Layer, Params
 from hetmoe.ops.narrow import take
 
+DRAWN_AT_ONCE = 2**22  # weights: enough for every core or multiprocessor
 Programming = Literal["layer", "kernel"]
 
 
@@ -146,7 +147,17 @@ def realise(
         return matrix
     if w.ndim == 2:
         return _stored(matrix.key, w, spec, 0)
-    return jax.vmap(lambda t, e: _stored(matrix.key, t, spec, e))(w, first + jnp.arange(w.shape[0]))
+    return jax.lax.map(
+        lambda item: _stored(matrix.key, item[0], spec, item[1]),
+        (w, first + jnp.arange(w.shape[0])),
+        batch_size=_at_once(*w.shape),
+    )
+
+
+def _at_once(experts: int, rows: int, columns: int) -> int:
+    """How many experts' matrices are drawn together: float32 draws of all are several times as large as the layer."""
+    most = max(1, DRAWN_AT_ONCE // (rows * columns))
+    return next(size for size in range(min(experts, most), 0, -1) if experts % size == 0)
 
 
 def program(key: jax.Array, params: Params, spec: AnalogSpec, *, dense: bool) -> ProgrammedWeights:

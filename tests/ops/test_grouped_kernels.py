@@ -18,7 +18,7 @@ from hetmoe.analog.spec import AnalogSpec, analog_spec
 from hetmoe.analog.tiles import block_max
 from hetmoe.ops.dispatch import dispatch, from_blocks, to_blocks
 from hetmoe.ops.grouped_crossbar import kernel_math
-from hetmoe.ops.grouped_crossbar.api import expert_products
+from hetmoe.ops.grouped_crossbar.api import expert_products, matrix_product
 from tests.numpy_reference import Float32
 from tests.ops.crossbar_battery import KERNELS, assert_matches, expectation, sum_error
 
@@ -124,11 +124,25 @@ def test_empty_blocks_are_zero_and_bad_weights_stay_with_their_expert(name: str)
     side = (stored(jnp.asarray(noisy), spec),)
     for chosen, bad in ((np.full(TOKENS, 2), False), (np.arange(TOKENS) % 3, True)):
         (y,) = products(inputs(), (weights(0),), side, chosen, spec, RANGES, ANALOG, name)
+        # All of the row: the bound of the tile's ADCs is not a number either.
+        assert np.isnan(np.asarray(y)).all(axis=1).tolist() == ((chosen == 0) & bad).tolist()
         assert np.isnan(np.asarray(y)).any(axis=1).tolist() == ((chosen == 0) & bad).tolist()
     x = inputs()
     x[7, 2] = np.nan
     (y,) = products(x, (weights(0),), (stored(weights(2), spec),), ROUTES["even"], spec, RANGES, ANALOG, name)
     assert np.flatnonzero(np.isnan(np.asarray(y)).all(axis=1)).tolist() == [7]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_blocks_that_are_not_used_are_zero(name: str) -> None:
+    spec = analog_spec(tile_rows=TILE_ROWS)
+    x = jnp.asarray(inputs()[:32].reshape(2, 16, ROWS))
+    (y,) = expert_products(
+        x, (jnp.asarray(weights(0)),), (stored(weights(2), spec),), block_expert=jnp.array([0, 0]),
+        used=jnp.array([True, False]), analog=jnp.asarray(ANALOG), input_range=None, spec=spec, read=(None,),
+        implementation=name,
+    )  # fmt: skip
+    assert np.all(np.any(np.asarray(y[0]), axis=1)) and not np.any(y[1])
 
 
 SEEDED = [(device, {}) for device in DEVICES] + [
@@ -204,6 +218,24 @@ def _equations(jaxpr: Any) -> list[Any]:
             if hasattr(inner, "eqns"):
                 found += _equations(inner)
     return found
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_seeds_of_one_matrix_each_have_their_own_draws(name: str) -> None:
+    """Blocks of one matrix follow each other: what one seed drew must not serve the next."""
+    spec = analog_spec(noise_scale=1.0, dac_bits=None, adc_bits=None, tile_rows=TILE_ROWS)
+    clean, keys, x = jnp.asarray(weights(0)[0]), jax.random.split(jax.random.key(4), 3), jnp.asarray(inputs())
+
+    def one(key: jax.Array, implementation: str) -> jax.Array:
+        return matrix_product(
+            x, clean, SeededMatrix(key=key), analog=jnp.array(True), input_range=None, spec=spec, read=None,
+            implementation=implementation,
+        )  # fmt: skip
+
+    found = jax.vmap(lambda key: one(key, name))(keys)
+    for y, key in zip(found, keys, strict=True):
+        wanted = np.asarray(one(key, "xla"))
+        np.testing.assert_allclose(y, wanted, rtol=0, atol=8 * sum_error(ROWS) * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("name", KERNELS)

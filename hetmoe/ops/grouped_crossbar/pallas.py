@@ -90,7 +90,14 @@ def _forward(static: Static) -> Callable[[Array, Tables, tuple[Matrix, ...]], tu
 
     @run.def_vmap
     def _rule(size: int, batched: Any, x: Array, tables: Tables, matrices: tuple[Matrix, ...]) -> Any:
-        results = run(*fold(size, batched, x, tables, matrices))
+        x, tables, matrices = fold(size, batched, x, tables, matrices)
+        if matrices[0].programmed is None and not any(jax.tree.leaves(batched[2][0].clean)):
+            # Elements that share weights and program them in the kernel: side by side, so that they are read once.
+            order = jnp.argsort(tables.clean, stable=True)
+            results = run(x[order], jax.tree.map(lambda table: table[order], tables), matrices)
+            results = tuple(y[jnp.argsort(order)] for y in results)
+        else:
+            results = run(x, tables, matrices)
         return tuple(y.reshape(size, -1, *y.shape[1:]) for y in results), tuple(True for _ in results)
 
     return run
