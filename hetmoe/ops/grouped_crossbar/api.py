@@ -16,7 +16,8 @@ from hetmoe.ops.grouped_crossbar.block_sizes import rows_per_block
 from hetmoe.ops.grouped_crossbar.blocks import Chip, Matrix
 from hetmoe.ops.grouped_crossbar.operands import make_matrix, make_tables
 from hetmoe.ops.grouped_crossbar.packing import pad_axis, round_up
-from hetmoe.ops.grouped_crossbar.pallas import Static, crossbar_blocks
+from hetmoe.ops.grouped_crossbar.pallas import crossbar_blocks
+from hetmoe.ops.grouped_crossbar.shape import Static
 
 Read = tuple[ReadNoise, jax.Array, Array] | None
 

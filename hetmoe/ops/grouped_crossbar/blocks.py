@@ -6,6 +6,7 @@ and a matrix that they share is stored, and read, once.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -82,10 +83,7 @@ def fold(
     """
     x_has, tables_has, matrices_has = batched
 
-    def join(leaf: Array, has: bool) -> Array:
-        whole = leaf if has else jnp.broadcast_to(leaf, (size, *leaf.shape))
-        return whole.reshape(-1, *whole.shape[2:])
-
+    join = functools.partial(fold_axis, size)
     blocks = tables.mode.shape[-1]
     element = jnp.repeat(jnp.arange(size, dtype=jnp.int32), blocks)
     joined: Tables = jax.tree.map(join, tables, tables_has)
@@ -99,3 +97,9 @@ def fold(
         whole = jax.tree.map(join, part, has)
         matrices = tuple(dataclasses.replace(m, **{name: w}) for m, w in zip(matrices, whole, strict=True))
     return join(x, x_has), joined, matrices
+
+
+def fold_axis(size: int, leaf: Array, has: bool) -> Array:
+    """A leaf with its mapped leading axis, of `size`, folded into the next; repeated if it has none."""
+    whole = leaf if has else jnp.broadcast_to(leaf, (size, *leaf.shape))
+    return whole.reshape(-1, *whole.shape[2:])

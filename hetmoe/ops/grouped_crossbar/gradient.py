@@ -2,7 +2,8 @@
 
 Ranges, bounds and programming noise count as constants; an input within its range (or at it) and an output within its
 bound pass their gradient on. One block at a time: the gradient of the weights is added up in float32, as large as the
-weights and once for each matrix, whatever the number of blocks.
+weights and once for each matrix, whatever the number of blocks. Written for reading: what the gradient kernels
+(`pallas_gradient`) are tested against.
 """
 
 from typing import Any

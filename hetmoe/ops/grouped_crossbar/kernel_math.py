@@ -52,6 +52,39 @@ def operand_dtype(x: jnp.dtype, w: jnp.dtype, dac_bits: int | None) -> jnp.dtype
     return jnp.dtype(jnp.float32)
 
 
+def gradient_dtype(x: jnp.dtype, w: jnp.dtype, dac_bits: int | None) -> jnp.dtype:
+    """Dtype of both factors of the backward matmuls.
+
+    bfloat16 where the forward pass multiplies in it; else float32, also for float16, whose range gradients may leave.
+    """
+    dtype = operand_dtype(x, w, dac_bits)
+    return dtype if dtype == jnp.bfloat16 else jnp.dtype(jnp.float32)
+
+
+def gradient_parts(grad: Array, dtype: jnp.dtype) -> tuple[Array, ...]:
+    """Float32 numbers that add up to a float32 gradient and are multiplied in `dtype`.
+
+    Two for bfloat16, to within 2**-15 of the gradient: two products of the matrix unit, where one in float32 takes six
+    on TPU and cannot use the GPU's. The first is cut off by its bits: XLA takes converting forth and back for nothing.
+    """
+    if dtype == jnp.float32:
+        return (grad,)
+    bits = jax.lax.bitcast_convert_type(grad, jnp.int32) & -(2**16)
+    first = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    return first, grad - first
+
+
+def dot(x: Array, w: Array, dtype: jnp.dtype, contract: tuple[int, int] = (1, 0)) -> Array:
+    """Product of two matrices in float32, with factors of `dtype`; `contract` names the axis of each that is summed."""
+    return jax.lax.dot_general(
+        x.astype(dtype),
+        w.astype(dtype),
+        (((contract[0],), (contract[1],)), ((), ())),
+        precision=precision(dtype),
+        preferred_element_type=jnp.float32,
+    )
+
+
 def precision(dtype: jnp.dtype) -> jax.lax.Precision:
     """Float32 factors would otherwise be cut to TF32 or bfloat16; 2-byte ones are exact as they are."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
@@ -60,6 +93,22 @@ def precision(dtype: jnp.dtype) -> jax.lax.Precision:
 def dac_codes(x: Array, bound: Array, bits: int) -> Array:
     """Codes of the inputs, whole numbers in float32; times `step_size(bound, bits)` they are the converted inputs."""
     return round_half_even(clip(x.astype(jnp.float32), bound) / step_size(bound, bits))
+
+
+def passes_dac(x: Array, bound: Array) -> Array:
+    """Whether an input is within its DAC's range or at it, and passes its gradient on."""
+    return jnp.abs(x.astype(jnp.float32)) <= bound
+
+
+def passes_adc(y: Array, bound: Array) -> Array:
+    """Whether a sum is within its ADC's bound, as int8: what the gradient of the conversion is multiplied by."""
+    return (jnp.abs(y) < bound).astype(jnp.int8)
+
+
+def passed(grad: Array, inside: Array | None) -> Array:
+    """The gradient of what an ADC read, before it; `inside` as `passes_adc` found it, None where there is no ADC."""
+    # Compared as 32-bit integers: not every TPU compares bytes. Selected, since a NaN times zero would stay.
+    return grad if inside is None else jnp.where(inside.astype(jnp.int32) != 0, grad, 0.0)
 
 
 def adc(y: Array, bound: Array, bits: int) -> Array:

@@ -27,17 +27,19 @@ VMEM_BYTES = 64 * 2**20  # v5e, v5p and v6e have 128 MiB
 
 
 def blocks_matmul(
-    x: Array, tables: Tables, matrices: tuple[Matrix, ...], shape: Shape, *, interpret: bool
-) -> tuple[Array, ...]:
+    x: Array, tables: Tables, matrices: tuple[Matrix, ...], shape: Shape, *, keep_inside: bool, interpret: bool
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """Packed rows `x[blocks, block, K]` times one matrix of each of `matrices` (packed); float32, packed columns.
 
-    `interpret` runs the kernel's operations one by one on any device.
+    `keep_inside` also returns, for each matrix, which tiles' sums were within the bounds of their ADCs, int8
+    `[blocks, tiles, block, N]`, all of them in blocks that are not analog (for the gradient; the blocks come first so
+    that mapped axes fold into them without a copy). `interpret` runs the kernel's operations one by one on any device.
     """
     blocks, block, _ = x.shape
     layout, columns = shape.layout, shape.columns
     packed = weights_of(matrices[0]).shape[2]
-    group = _group_size(blocks, len(matrices) * block * columns * 4)
-    scalars, scalar_tree = jax.tree.flatten((_flat(tables), [_noise_scalars(matrix) for matrix in matrices]))
+    group = group_size(blocks, len(matrices) * block * columns * 4)
+    scalars, scalar_tree = jax.tree.flatten((flat_tables(tables), [noise_scalars(matrix) for matrix in matrices]))
 
     def window(size: tuple[int, ...], index: Callable[..., tuple[Any, ...]]) -> pl.BlockSpec:
         def index_map(g: Array, n: Array, t: Array, i: Array, *refs: Any) -> tuple[Any, ...]:
@@ -45,36 +47,40 @@ def blocks_matmul(
 
         return pl.BlockSpec(size, index_map)
 
-    arrays, specs = _windows(x, matrices, shape, window)
-    inputs, input_tree = jax.tree.flatten(arrays)
+    arrays, specs = matrix_windows(matrices, shape, window)
+    inputs, input_tree = jax.tree.flatten({"x": x, "matrices": arrays})
+    rows = window((1, block, layout.tile), lambda _of, b, _n, t: (b, 0, t))
+    in_specs = jax.tree.leaves({"x": rows, "matrices": specs}, is_leaf=lambda leaf: isinstance(leaf, pl.BlockSpec))
     last = layout.tiles - 1
     # Results leave VMEM when their index changes: until the last tile it stays that of the group's first block.
     result = window(
         (1, block, columns), lambda _of, b, n, t: (jnp.where(t == last, b, jax.lax.div(b, group) * group), 0, n)
     )
+    of_tile = window((1, 1, block, columns), lambda _of, b, n, t: (b, t, 0, n))
+    count, kept_count = len(matrices), len(matrices) if keep_inside else 0
+    out_shape = [jax.ShapeDtypeStruct((blocks, block, packed), jnp.float32)] * count
+    out_shape += [jax.ShapeDtypeStruct((blocks, layout.tiles, block, packed), jnp.int8)] * kept_count
     sums = [pltpu.VMEM((group, block, columns), jnp.float32) for _ in matrices]
-    kept = [pltpu.VMEM((layout.tile, columns), weights_of(m).dtype) for m in matrices if m.chip.noise is not None]
 
     def kernel(*refs: Any) -> None:
         of, noise = jax.tree.unflatten(scalar_tree, refs[: len(scalars)])
         refs = refs[len(scalars) :]
         given = jax.tree.unflatten(input_tree, refs[: len(inputs)])
         refs = refs[len(inputs) :]
-        count = len(matrices)
-        outs, sum_refs, kept_refs = refs[:count], refs[count : 2 * count], refs[2 * count :]
-        _step(of, noise, given, outs, sum_refs, kept_refs, shape, group)
+        outs, insides, refs = refs[:count], refs[count : count + kept_count], refs[count + kept_count :]
+        _step(of, noise, given, (outs, insides), refs[:count], refs[count:], shape, group)
 
-    return tuple(
+    found = tuple(
         pl.pallas_call(
             kernel,
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=len(scalars),
                 grid=(blocks // group, packed // columns, layout.tiles, group),
-                in_specs=jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, pl.BlockSpec)),
-                out_specs=[result for _ in matrices],
-                scratch_shapes=[*sums, *kept],
+                in_specs=in_specs,
+                out_specs=[result] * count + [of_tile] * kept_count,
+                scratch_shapes=[*sums, *kept_weights(matrices, shape)],
             ),
-            out_shape=[jax.ShapeDtypeStruct((blocks, block, packed), jnp.float32) for _ in matrices],
+            out_shape=out_shape,
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
             ),
@@ -82,15 +88,22 @@ def blocks_matmul(
             name="grouped_crossbar",
         )(*scalars, *inputs)
     )
+    return found[:count], found[count:]
 
 
-def _group_size(blocks: int, bytes_each: int) -> int:
+def kept_weights(matrices: tuple[Matrix, ...], shape: Shape) -> list[Any]:
+    """Room for a tile of every matrix that is programmed on the way."""
+    size = (shape.layout.tile, shape.columns)
+    return [pltpu.VMEM(size, weights_of(matrix).dtype) for matrix in matrices if matrix.chip.noise is not None]
+
+
+def group_size(blocks: int, bytes_each: int) -> int:
     """The largest divisor of the number of blocks whose sums fit."""
     most = max(1, SUM_BYTES // bytes_each)
     return next(size for size in range(min(blocks, most), 0, -1) if blocks % size == 0)
 
 
-def _flat(tables: Tables) -> Tables:
+def flat_tables(tables: Tables) -> Tables:
     """One-dimensional: a second axis would be padded to 128 in scalar memory."""
     return (
         tables
@@ -99,7 +112,8 @@ def _flat(tables: Tables) -> Tables:
     )
 
 
-def _noise_scalars(matrix: Matrix) -> dict[str, Array]:
+def noise_scalars(matrix: Matrix) -> dict[str, Array]:
+    """What a matrix that is programmed on the way has in scalar memory."""
     noise = matrix.chip.noise
     if noise is None:
         return {}
@@ -108,10 +122,10 @@ def _noise_scalars(matrix: Matrix) -> dict[str, Array]:
     return found if noise.time_s is None else {**found, "time_s": noise.time_s}
 
 
-def _windows(
-    x: Array, matrices: tuple[Matrix, ...], shape: Shape, window: Callable[..., pl.BlockSpec]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arrays of a call, and which part of each a step sees."""
+def matrix_windows(
+    matrices: tuple[Matrix, ...], shape: Shape, window: Callable[..., pl.BlockSpec]
+) -> tuple[list[dict[str, Array]], list[dict[str, pl.BlockSpec]]]:
+    """The arrays of every matrix, and which part of each a step sees; `window` takes (tables, block, column, tile)."""
     layout, columns = shape.layout, shape.columns
 
     def weights(name: str, *modes: int) -> pl.BlockSpec:
@@ -144,17 +158,16 @@ def _windows(
         if noise is not None and noise.factor is not None:
             found["factor"] = per_tile("chip", noise.factor[:, :, None])
         pairs.append(found)
-    rows = window((1, x.shape[1], layout.tile), lambda _of, b, _n, t: (b, 0, t))
-    arrays = {"x": x, "matrices": [{name: pair[0] for name, pair in found.items()} for found in pairs]}
-    specs = {"x": rows, "matrices": [{name: pair[1] for name, pair in found.items()} for found in pairs]}
-    return arrays, specs
+    arrays = [{name: pair[0] for name, pair in found.items()} for found in pairs]
+    return arrays, [{name: pair[1] for name, pair in found.items()} for found in pairs]
 
 
 def _step(
-    of: Tables, noise: list[dict[str, Any]], given: dict[str, Any], outs: tuple[Any, ...], sums: tuple[Any, ...],
-    kept: tuple[Any, ...], shape: Shape, group: int,
+    of: Tables, noise: list[dict[str, Any]], given: dict[str, Any], results: tuple[tuple[Any, ...], tuple[Any, ...]],
+    sums: tuple[Any, ...], kept: tuple[Any, ...], shape: Shape, group: int,
 ) -> None:  # fmt: skip
     """One tile of one block."""
+    outs, insides = results
     n, t, i = pl.program_id(1), pl.program_id(2), pl.program_id(3)
     b = pl.program_id(0) * group + i
     matrices, x_ref = given["matrices"], given["x"]
@@ -168,11 +181,18 @@ def _step(
     def _digital() -> None:
         for matrix, total in zip(matrices, sums, strict=True):
             if "clean" in matrix:
-                total[i] += _dot(x_ref[0], matrix["clean"][0], x_ref.dtype)
+                total[i] += kernel_math.dot(x_ref[0], matrix["clean"][0], x_ref.dtype)
 
     @pl.when(of.mode[b] == ANALOG)
     def _analog() -> None:
-        _analog_tile(of, noise, given, sums, kept, shape, (b, i, n, t))
+        _analog_tile(of, noise, given, (sums, insides), kept, shape, (b, i, n, t))
+
+    if insides:
+
+        @pl.when(of.mode[b] != ANALOG)
+        def _unconverted() -> None:
+            for inside in insides:
+                inside[...] = jnp.ones(inside.shape, jnp.int8)
 
     @pl.when(t == shape.layout.tiles - 1)
     def _finish() -> None:
@@ -181,38 +201,40 @@ def _step(
 
 
 def _analog_tile(
-    of: Tables, noise: list[dict[str, Any]], given: dict[str, Any], sums: tuple[Any, ...], kept: tuple[Any, ...],
-    shape: Shape, place: tuple[Any, Any, Any, Any],
+    of: Tables, noise: list[dict[str, Any]], given: dict[str, Any], results: tuple[tuple[Any, ...], tuple[Any, ...]],
+    kept: tuple[Any, ...], shape: Shape, place: tuple[Any, Any, Any, Any],
 ) -> None:  # fmt: skip
     """Adds what the ADCs read to the sums; `place` is (block, its number in the group, column, tile)."""
     b, i, _, t = place
+    sums, insides = results
     options, x = shape.options, given["x"][0]
-    if of.input_range is None:
-        bound = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=1, keepdims=True)
-    else:
-        bound = jnp.full((1, 1), of.input_range[b * shape.layout.tiles + t], jnp.float32)
+    bound = dac_range(of.input_range, x, b * shape.layout.tiles + t)
     inputs = x if options.dac_bits is None else kernel_math.dac_codes(x, bound, options.dac_bits)
     for index, (matrix, total) in enumerate(zip(given["matrices"], sums, strict=True)):
         if "programmed" in matrix:
             w = matrix["programmed"][0]
         else:
-            w = _kept(of, noise[index], matrix, kept[index], shape, place)
-        y = _dot(inputs, w, kernel_math.operand_dtype(x.dtype, w.dtype, options.dac_bits))
+            w = kept_tile(of, noise[index], matrix, kept[index], shape, place)
+        y = kernel_math.dot(inputs, w, kernel_math.operand_dtype(x.dtype, w.dtype, options.dac_bits))
         if options.dac_bits is not None:
             y = y * kernel_math.step_size(bound, options.dac_bits)
         if options.adc_bits is not None:
             largest = matrix["weight_max"][0, pl.ds(t, 1), :]
-            y = kernel_math.adc(y, bound * of.adc_bound[b] * largest, options.adc_bits)
+            limit = bound * of.adc_bound[b] * largest
+            if insides:
+                insides[index][0, 0] = kernel_math.passes_adc(y, limit)
+            y = kernel_math.adc(y, limit, options.adc_bits)
         total[i] += y
 
 
-def _dot(x: Array, w: Array, dtype: Any) -> Array:
-    return jnp.dot(
-        x.astype(dtype), w.astype(dtype), precision=kernel_math.precision(dtype), preferred_element_type=jnp.float32
-    )
+def dac_range(static: Any, x: Array, index: Array) -> Array:
+    """DAC range of a tile's inputs `x[rows, tile]`: entry `index` of the static ones `[1, 1]`, else `[rows, 1]`."""
+    if static is None:
+        return jnp.max(jnp.abs(x.astype(jnp.float32)), axis=1, keepdims=True)
+    return jnp.full((1, 1), static[index], jnp.float32)
 
 
-def _kept(
+def kept_tile(
     of: Tables, noise: dict[str, Any], matrix: dict[str, Any], kept: Any, shape: Shape,
     place: tuple[Any, Any, Any, Any],
 ) -> Array:  # fmt: skip

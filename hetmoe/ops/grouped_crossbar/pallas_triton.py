@@ -24,30 +24,36 @@ BLOCKS_SIDE_BY_SIDE = 8  # of rows, before the next columns: their inputs and th
 
 
 def blocks_matmul(
-    x: Array, tables: Tables, matrices: tuple[Matrix, ...], shape: Shape, *, interpret: bool
-) -> tuple[Array, ...]:
+    x: Array, tables: Tables, matrices: tuple[Matrix, ...], shape: Shape, *, keep_inside: bool, interpret: bool
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """As `pallas_tpu.blocks_matmul`."""
     blocks, block, _ = x.shape
     packed = weights_of(matrices[0]).shape[2]
-    inputs, tree = jax.tree.flatten((x, tables, tuple(_flat_words(matrix) for matrix in matrices)))
+    inputs, tree = jax.tree.flatten((x, tables, tuple(flat_words(matrix) for matrix in matrices)))
+    count, kept_count = len(matrices), len(matrices) if keep_inside else 0
+    out_shape = [jax.ShapeDtypeStruct((blocks, block, packed), jnp.float32)] * count
+    out_shape += [jax.ShapeDtypeStruct((blocks, shape.layout.tiles, block, packed), jnp.int8)] * kept_count
 
     def kernel(*refs: Any) -> None:
         x_ref, of, parts = jax.tree.unflatten(tree, refs[: len(inputs)])
-        _program_instance(x_ref, of, parts, refs[len(inputs) :], shape, blocks, packed // shape.columns)
+        place = side_by_side(blocks, packed // shape.columns)
+        outs = refs[len(inputs) :]
+        _program_instance(x_ref, of, parts, (outs[:count], outs[count:]), shape, place)
 
-    return tuple(
+    found = tuple(
         pl.pallas_call(
             kernel,
             grid=(blocks * (packed // shape.columns),),
-            out_shape=[jax.ShapeDtypeStruct((blocks, block, packed), jnp.float32) for _ in matrices],
+            out_shape=out_shape,
             compiler_params=plgpu.CompilerParams(num_warps=shape.sizes.warps, num_stages=shape.sizes.stages),
             interpret=interpret,
             name="grouped_crossbar",
         )(*inputs)
     )
+    return found[:count], found[count:]
 
 
-def _flat_words(matrix: Matrix) -> Matrix:
+def flat_words(matrix: Matrix) -> Matrix:
     """Key words by chip and position: the kernel indexes one axis."""
     noise = matrix.chip.noise
     if noise is None:
@@ -58,8 +64,8 @@ def _flat_words(matrix: Matrix) -> Matrix:
     )
 
 
-def _place(blocks: int, stripes: int) -> tuple[Array, Array]:
-    """(block of rows, block of columns) of this program."""
+def side_by_side(blocks: int, stripes: int) -> tuple[Array, Array]:
+    """(block of rows, stripe of the matrix) of this program."""
     number, side = pl.program_id(0), min(BLOCKS_SIDE_BY_SIDE, blocks)
     first = jax.lax.div(number, side * stripes) * side
     here = jnp.minimum(blocks - first, side)
@@ -68,10 +74,12 @@ def _place(blocks: int, stripes: int) -> tuple[Array, Array]:
 
 
 def _program_instance(
-    x: Any, of: Tables, matrices: tuple[Matrix, ...], outs: tuple[Any, ...], shape: Shape, blocks: int, stripes: int
-) -> None:
-    b, n = _place(blocks, stripes)
-    mode = _load(of.mode, b)
+    x: Any, of: Tables, matrices: tuple[Matrix, ...], results: tuple[tuple[Any, ...], tuple[Any, ...]], shape: Shape,
+    place: tuple[Array, Array],
+) -> None:  # fmt: skip
+    """One block of rows by some columns, at `place`."""
+    (outs, insides), (b, n) = results, place
+    mode = load(of.mode, b)
     columns = pl.ds(n * shape.columns, shape.columns)
 
     def write(results: tuple[Array, ...]) -> None:
@@ -80,7 +88,7 @@ def _program_instance(
 
     @pl.when(mode == ANALOG)
     def _analog() -> None:
-        write(_analog_block(x, of, matrices, shape, b, n))
+        write(_analog_block(x, of, matrices, insides, shape, b, n))
 
     if matrices[0].clean is not None:
 
@@ -90,10 +98,20 @@ def _program_instance(
 
     @pl.when(mode == EMPTY)
     def _empty() -> None:
-        write(tuple(jnp.zeros((x.shape[1], shape.columns), jnp.float32) for _ in outs))
+        write(_zeros(x, matrices, shape))
+
+    if insides:
+
+        @pl.when(mode != ANALOG)
+        def _unconverted() -> None:
+            @pl.loop(0, shape.layout.tiles)
+            def _tile(t: Array) -> None:
+                for inside in insides:
+                    plgpu.store(inside.at[b, t, :, columns], jnp.ones((x.shape[1], shape.columns), jnp.int8))
 
 
-def _load(ref: Any, *index: Any) -> Array:
+def load(ref: Any, *index: Any) -> Array:
+    """`ref[index]`."""
     return plgpu.load(ref.at[index])
 
 
@@ -101,38 +119,35 @@ def _zeros(x: Any, matrices: tuple[Matrix, ...], shape: Shape) -> tuple[Array, .
     return tuple(jnp.zeros((x.shape[1], shape.columns), jnp.float32) for _ in matrices)
 
 
-def _dot(x: Array, w: Array, dtype: Any) -> Array:
-    return jnp.dot(
-        x.astype(dtype), w.astype(dtype), precision=kernel_math.precision(dtype), preferred_element_type=jnp.float32
-    )
-
-
 def _digital_block(x: Any, of: Tables, matrices: tuple[Matrix, ...], shape: Shape, b: Array, n: Array) -> Any:
-    chunk, number = shape.sizes.chunk, _load(of.clean, b)
+    chunk, number = shape.sizes.chunk, load(of.clean, b)
     weights = [matrix.clean.w for matrix in matrices if matrix.clean is not None]
 
     def add(c: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
         rows = pl.ds(c * chunk, chunk)
-        inputs = _load(x, b, slice(None), rows)
+        inputs = load(x, b, slice(None), rows)
         return tuple(
-            total + _dot(inputs, _part(w, number, rows, n, shape), inputs.dtype)
+            total + kernel_math.dot(inputs, part(w, number, rows, n, shape), inputs.dtype)
             for w, total in zip(weights, sums, strict=True)
         )
 
     return jax.lax.fori_loop(0, x.shape[2] // chunk, add, _zeros(x, matrices, shape))
 
 
-def _part(w: Any, index: Array, rows: Any, n: Array, shape: Shape) -> Array:
-    return _load(w, index, rows, pl.ds(n * shape.columns, shape.columns))
+def part(w: Any, index: Array, rows: Any, n: Array, shape: Shape) -> Array:
+    """Some rows of one stored matrix, columns of stripe `n`."""
+    return load(w, index, rows, pl.ds(n * shape.columns, shape.columns))
 
 
-def _analog_block(x: Any, of: Tables, matrices: tuple[Matrix, ...], shape: Shape, b: Array, n: Array) -> Any:
+def _analog_block(
+    x: Any, of: Tables, matrices: tuple[Matrix, ...], insides: tuple[Any, ...], shape: Shape, b: Array, n: Array
+) -> Any:
     options, layout, chunk = shape.options, shape.layout, shape.sizes.chunk
     chunks = layout.tile // chunk
 
     def one_tile(t: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
         def inputs_of(c: Array) -> Array:
-            return _load(x, b, slice(None), pl.ds(t * layout.tile + c * chunk, chunk))
+            return load(x, b, slice(None), pl.ds(t * layout.tile + c * chunk, chunk))
 
         bound = _range(of, b, t, chunks, inputs_of, x.shape[1])
 
@@ -143,14 +158,15 @@ def _analog_block(x: Any, of: Tables, matrices: tuple[Matrix, ...], shape: Shape
                 inputs = kernel_math.dac_codes(inputs, bound, options.dac_bits)
             inputs = inputs.astype(dtype)
             return tuple(
-                total + _dot(inputs, _weights(of, m, shape, b, n, t, c, rows), dtype)
+                total + kernel_math.dot(inputs, weights_chunk(of, m, shape, b, n, t, c, rows), dtype)
                 for m, total in zip(matrices, sums, strict=True)
             )
 
         sums = jax.lax.fori_loop(0, chunks, add, _zeros(x, matrices, shape))
+        inside_refs = insides or tuple(None for _ in matrices)
         return tuple(
-            total + _convert(y, of, m, shape, bound, b, n, t)
-            for m, y, total in zip(matrices, sums, totals, strict=True)
+            total + _convert(y, of, m, inside, shape, bound, (b, n, t))
+            for m, y, inside, total in zip(matrices, sums, inside_refs, totals, strict=True)
         )
 
     return jax.lax.fori_loop(0, layout.tiles, one_tile, _zeros(x, matrices, shape))
@@ -159,7 +175,7 @@ def _analog_block(x: Any, of: Tables, matrices: tuple[Matrix, ...], shape: Shape
 def _range(of: Tables, b: Array, t: Array, chunks: int, inputs_of: Any, rows: int) -> Array:
     """DAC range of this tile's inputs `[rows, 1]`."""
     if of.input_range is not None:
-        return jnp.broadcast_to(_load(of.input_range, b, t), (rows, 1))
+        return jnp.broadcast_to(load(of.input_range, b, t), (rows, 1))
 
     def widen(c: Array, largest: Array) -> Array:
         return jnp.maximum(largest, jnp.max(jnp.abs(inputs_of(c).astype(jnp.float32)), axis=1, keepdims=True))
@@ -167,48 +183,54 @@ def _range(of: Tables, b: Array, t: Array, chunks: int, inputs_of: Any, rows: in
     return jax.lax.fori_loop(0, chunks, widen, jnp.zeros((rows, 1), jnp.float32))
 
 
-def _convert(y: Array, of: Tables, matrix: Matrix, shape: Shape, bound: Array, b: Array, n: Array, t: Array) -> Array:
-    """A tile's sums over codes, as its ADC reads them."""
-    options = shape.options
+def _convert(
+    y: Array, of: Tables, matrix: Matrix, inside: Any, shape: Shape, bound: Array, place: tuple[Array, Array, Array]
+) -> Array:
+    """A tile's sums over codes, as its ADC reads them; `inside` gets which of them are within its bound."""
+    options, (b, n, t) = shape.options, place
     if options.dac_bits is not None:
         y = y * kernel_math.step_size(bound, options.dac_bits)
     if options.adc_bits is None:
         return y
-    largest = _per_tile(matrix.chip.weight_max, _load(of.chip, b), t, n, shape)
-    return kernel_math.adc(y, bound * _load(of.adc_bound, b) * largest, options.adc_bits)
+    largest = _per_tile(matrix.chip.weight_max, load(of.chip, b), t, n, shape)
+    limit = bound * load(of.adc_bound, b) * largest
+    if inside is not None:
+        columns = pl.ds(n * shape.columns, shape.columns)
+        plgpu.store(inside.at[b, t, :, columns], kernel_math.passes_adc(y, limit))
+    return kernel_math.adc(y, limit, options.adc_bits)
 
 
 def _per_tile(values: Any, index: Array, t: Array, n: Array, shape: Shape) -> Array:
     """One value for this tile `[1, 1]`, or one for each of its columns `[1, columns]`."""
     columns = pl.ds(0, 1) if values.shape[2] == 1 else pl.ds(n * shape.columns, shape.columns)
-    return _load(values, index, t, columns)[None, :]
+    return load(values, index, t, columns)[None, :]
 
 
-def _weights(of: Tables, matrix: Matrix, shape: Shape, b: Array, n: Array, t: Array, c: Array, rows: Any) -> Array:
+def weights_chunk(of: Tables, matrix: Matrix, shape: Shape, b: Array, n: Array, t: Array, c: Array, rows: Any) -> Array:
     """A chunk of the weights that an analog block multiplies by."""
     if matrix.programmed is not None:
-        return _part(matrix.programmed, _load(of.programmed, b), rows, n, shape)
+        return part(matrix.programmed, load(of.programmed, b), rows, n, shape)
     clean, noise = matrix.clean, matrix.chip.noise
     assert clean is not None and noise is not None and shape.device is not None
-    size, index, chip = (shape.sizes.chunk, shape.columns), _load(of.clean, b), _load(of.chip, b)
+    size, index, chip = (shape.sizes.chunk, shape.columns), load(of.clean, b), load(of.chip, b)
 
     def words(stream: Stream) -> tuple[Array, Array]:
         found = (
-            _load(noise.words, chip, pl.ds(2 * stream, 1)),
-            _load(noise.words, chip, pl.ds(2 * stream + 1, 1)),
+            load(noise.words, chip, pl.ds(2 * stream, 1)),
+            load(noise.words, chip, pl.ds(2 * stream + 1, 1)),
         )
         return found[0][None, :], found[1][None, :]
 
     first_row = shape.layout.first_row(t) + c * shape.sizes.chunk
     return kernel_math.programmed_block(
-        _part(clean.w, index, rows, n, shape),
+        part(clean.w, index, rows, n, shape),
         shape.device,
         GroupRange(_per_tile(clean.low, index, t, n, shape), _per_tile(clean.high, index, t, n, shape)),
         rows=first_row.astype(jnp.uint32) + jax.lax.broadcasted_iota(jnp.uint32, size, 0),
         columns=(n * shape.columns).astype(jnp.uint32) + jax.lax.broadcasted_iota(jnp.uint32, size, 1),
         width=shape.width,
         words=words,
-        noise_scale=_load(noise.scale, chip),
-        time_s=None if noise.time_s is None else jnp.full(size, _load(noise.time_s, chip)),
-        factor=None if noise.factor is None else _load(noise.factor, chip, t),
+        noise_scale=load(noise.scale, chip),
+        time_s=None if noise.time_s is None else jnp.full(size, load(noise.time_s, chip)),
+        factor=None if noise.factor is None else load(noise.factor, chip, t),
     )

@@ -6,9 +6,26 @@ from jaxtyping import Array
 
 from hetmoe.analog.devices import Device
 from hetmoe.ops.crossbar_matmul.base import CrossbarOptions
-from hetmoe.ops.grouped_crossbar.block_sizes import BlockSizes
+from hetmoe.ops.grouped_crossbar.block_sizes import BlockSizes, Platform
 from hetmoe.ops.grouped_crossbar.blocks import Matrix
 from hetmoe.ops.grouped_crossbar.packing import Layout
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Static:
+    """What a change of recompiles.
+
+    Attributes:
+        options: of the converters.
+        device: noise model, where weights are programmed on the way.
+        interpret: runs the kernels of that platform operation by operation, anywhere.
+        sizes: of the forward kernel's blocks; None = `block_sizes.choose`.
+    """
+
+    options: CrossbarOptions
+    device: Device | None
+    interpret: Platform | None
+    sizes: BlockSizes | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
