@@ -46,3 +46,12 @@ def choose(platform: Platform, *, rows: int, columns: int, matrices: int, item_b
     widest = max(16, 128 // matrices)
     fitting = next((c for c in (16, 32, 64, 128) if c >= min(columns, widest)), widest)
     return BlockSizes(columns=fitting, chunk=128 // item_bytes, warps=8 if rows * fitting >= 128 * 64 else 4, stages=3)
+
+
+def for_gradients(sizes: BlockSizes) -> BlockSizes:
+    """Sizes of the GPU's gradient kernels for those of its forward kernel.
+
+    They load float32 gradients and bytes of which passed an ADC: for blocks of 128 rows, half the columns in two stages
+    take up to 112 KiB of shared memory; all columns in three would take 288 KiB, more than there are.
+    """
+    return dataclasses.replace(sizes, columns=max(16, sizes.columns // 2), stages=2)

@@ -102,7 +102,7 @@ def passes_dac(x: Array, bound: Array) -> Array:
 
 def passes_adc(y: Array, bound: Array) -> Array:
     """Whether a sum is within its ADC's bound, as int8: what the gradient of the conversion is multiplied by."""
-    return (jnp.abs(y) < bound).astype(jnp.int8)
+    return (jnp.abs(y) < bound).astype(jnp.int32).astype(jnp.int8)  # a TPU's masks are 32 bits wide
 
 
 def passed(grad: Array, inside: Array | None) -> Array:

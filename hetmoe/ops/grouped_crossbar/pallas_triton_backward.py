@@ -7,6 +7,7 @@ codes are made once, before that: as many programs as there are stripes would ea
 longer than their products.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -17,6 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
 
 from hetmoe.ops.grouped_crossbar import kernel_math
+from hetmoe.ops.grouped_crossbar.block_sizes import for_gradients
 from hetmoe.ops.grouped_crossbar.blocks import ANALOG, DIGITAL, EMPTY, Matrix, Tables
 from hetmoe.ops.grouped_crossbar.gradient_order import Ranges, make_ranges
 from hetmoe.ops.grouped_crossbar.pallas_triton import flat_words, load, part, side_by_side, weights_chunk
@@ -35,6 +37,7 @@ def inputs_gradient(
 ) -> Array:
     """As `pallas_tpu_backward.inputs_gradient`."""
     blocks, _, rows = x.shape
+    shape = dataclasses.replace(shape, sizes=for_gradients(shape.sizes))
     given = (x, grads, insides, tables, tuple(flat_words(matrix) for matrix in matrices))
     inputs, tree = jax.tree.flatten(given)
     chunks = rows // shape.sizes.chunk
@@ -124,6 +127,7 @@ def weights_gradient(
 ) -> tuple[Array, ...]:
     """As `pallas_tpu_backward.weights_gradient`."""
     rows, packed = x.shape[2], grads[0].shape[2]
+    shape = dataclasses.replace(shape, sizes=for_gradients(shape.sizes))
     chunks, stripes = rows // shape.sizes.chunk, packed // shape.columns
     codes, step = _converted(x, tables, shape, dtype)
     inputs, tree = jax.tree.flatten((codes, step, grads, insides, make_ranges(tables.mode, slot, slots)))
