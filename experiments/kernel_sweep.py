@@ -18,7 +18,8 @@ from hetmoe.ops.grouped_crossbar.api import IMPLEMENTATIONS
 from hetmoe.ops.grouped_crossbar.block_sizes import ROWS, BlockSizes, Platform, rows_per_block
 from hetmoe.ops.grouped_crossbar.blocks import Chip, Matrix, Tables
 from hetmoe.ops.grouped_crossbar.operands import make_tables
-from hetmoe.ops.grouped_crossbar.pallas import Static, crossbar_blocks
+from hetmoe.ops.grouped_crossbar.pallas import crossbar_blocks
+from hetmoe.ops.grouped_crossbar.shape import Static
 from kernel_cases import Program, make_experts, normal, random_routing, tile_ranges
 from kernel_work import Sizes
 

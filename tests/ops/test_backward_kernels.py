@@ -1,4 +1,4 @@
-"""The gradient kernels, interpreted, give what `gradient.blocks_gradient` gives, and lower for their platforms."""
+"""The gradient kernels, interpreted, give what `blocks_gradient` gives, and lower for their platforms."""
 
 import dataclasses
 import functools
@@ -15,9 +15,9 @@ from hetmoe.analog.devices.pcm import PCM
 from hetmoe.analog.tiles import block_max, row_blocks
 from hetmoe.ops.crossbar_matmul.base import CrossbarOptions
 from hetmoe.ops.grouped_crossbar.blocks import ANALOG, DIGITAL, EMPTY, Chip, Clean, Matrix, Noise, Tables
-from hetmoe.ops.grouped_crossbar.gradient import blocks_gradient
 from hetmoe.ops.grouped_crossbar.pallas import crossbar_blocks
 from hetmoe.ops.grouped_crossbar.shape import Static
+from tests.ops.blocks_gradient import blocks_gradient
 from tests.ops.crossbar_battery import UNIT_ROUNDOFF, sum_error
 
 BLOCK, ROWS, COLUMNS, TILE_ROWS, EXPERTS = 16, 100, 24, 40, 5  # row-blocks of 34, 33 and 33

@@ -1,6 +1,7 @@
 """The gradient kernels as one operation: packing, choice by platform, mapped axes folded into blocks.
 
-It computes what `gradient.blocks_gradient` does, which it is tested against.
+Ranges, bounds and programming noise count as constants; an input within its range (or at it) and an output within its
+bound pass their gradient on.
 """
 
 import dataclasses
@@ -36,7 +37,10 @@ def kernel_gradient(
     insides: tuple[Array | None, ...],
     static: Static,
 ) -> tuple[Array, tuple[OfWeights, ...]]:
-    """As `gradient.blocks_gradient`; `insides` are int8 `[blocks, tiles, block, N]` from the forward pass."""
+    """Gradients of x, and of the clean and the programmed weights of each matrix, in their dtypes.
+
+    `insides` are int8 `[blocks, tiles, block, N]` from the forward pass: which sums their ADCs did not clip.
+    """
     counts = tuple(0 if w is None else w.shape[0] for w in _weights(matrices[0]))
     return _backward(static, counts)(x, tables, matrices, grads, insides, (tables.clean, tables.programmed))
 
