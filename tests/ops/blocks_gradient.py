@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from hetmoe.analog.converters import convert, convert_output
 from hetmoe.analog.devices import Device, GroupRange, Stream
@@ -21,14 +21,14 @@ from hetmoe.ops.grouped_crossbar.blocks import ANALOG, EMPTY, Chip, Clean, Matri
 
 
 def blocks_gradient(
-    x: Float[Array, "blocks block K"],
+    x: Array,
     tables: Tables,
     matrices: tuple[Matrix, ...],
-    grads: tuple[Float[Array, "blocks block N"], ...],
+    grads: tuple[Array, ...],
     options: CrossbarOptions,
     device: Device | None,
 ) -> tuple[Array, tuple[tuple[Array | None, Array | None], ...]]:
-    """Gradients of x, and of the clean and the programmed weights of each matrix, in their dtypes."""
+    """Gradients of x `[blocks, block, K]`, and of clean and programmed weights; `grads` are `[blocks, block, N]`."""
     zeros = lambda w: None if w is None else jnp.zeros(w.shape, jnp.float32)  # noqa: E731
     start = tuple((zeros(None if m.clean is None else m.clean.w), zeros(m.programmed)) for m in matrices)
 
