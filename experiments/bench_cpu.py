@@ -131,7 +131,7 @@ def block_size_commands() -> Commands:
         @jax.jit
         def run(x: jax.Array, w: jax.Array, chosen: jax.Array, size: int = size) -> jax.Array:
             plan = dispatch(chosen, experts, size)
-            return grouped_matmul(to_blocks(x, plan), w, plan.block_expert)
+            return grouped_matmul(to_blocks(x, plan), w, plan.block_expert, None)
 
         commands[f"block {size}"] = timed(run, x, w, chosen)
     return commands

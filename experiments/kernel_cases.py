@@ -168,7 +168,7 @@ def _equal_products(x: Array, mid: Array, w: FeedForward) -> tuple[Array, ...]:
 
 
 def _block_products(x: Array, mid: Array, w: FeedForward, block_expert: Array) -> tuple[Array, ...]:
-    return _products(lambda rows, of: grouped_matmul(rows, of, block_expert), x, mid, w)
+    return _products(lambda rows, of: grouped_matmul(rows, of, block_expert, None), x, mid, w)
 
 
 def plain_products(sizes: Sizes, chosen: np.ndarray, clean: FeedForward) -> dict[str, Program]:

@@ -12,7 +12,7 @@ def test_python_of_the_readme_runs() -> None:
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names: dict[str, object] = {}
     exec("\n".join(blocks), names)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     assert names["logits"].shape == (1, 9, 4096)
 
 

@@ -142,12 +142,12 @@ def _errors(
     def one_layer(part: tuple[Array, ...]) -> Array:
         x, real, group, w, of_methods = part
         maxima = block_max(w.astype(jnp.float32), options.tile_rows, per_column=per_column)
-        exact = grouped_matmul(x, w, group)
+        exact = grouped_matmul(x, w, group, None)
         weight = real.astype(jnp.float32)[..., None]
         norm = jnp.sum(jnp.square(exact) * weight)
 
         def one(pair: tuple[Array, Array]) -> Array:
-            y = grouped_crossbar(x, w, group, on, of_methods[pair[0]], pair[1], maxima, options, None)
+            y = grouped_crossbar(x, w, group, None, on, of_methods[pair[0]], pair[1], maxima, options, None)
             return jnp.sum(jnp.square(y - exact) * weight) / jnp.where(norm > 0, norm, 1.0)
 
         count = of_methods.shape[0]

@@ -71,15 +71,16 @@ def routed_experts(
     plan = dispatch(routing.chosen, count, block_size)
     blocks = to_blocks(x, plan)
     real = (plan.slot_token < x.shape[0]).reshape(blocks.shape[:2])  # padding slots hold no token
+    used = real.any(axis=1)
     rows = _copy_numbers(plan.token_slot, plan.slot_token.shape[0]).reshape(blocks.shape[:2])
 
     def multiply(inputs: Array, **weights: Array) -> tuple[Array, ...]:
         """By matrices that share the inputs, and their DACs."""
         if hardware is None or hardware.experts is None:
-            return tuple(grouped_matmul(inputs, w, plan.block_expert) for w in weights.values())
+            return tuple(grouped_matmul(inputs, w, plan.block_expert, used) for w in weights.values())
         return expert_products(
             inputs, tuple(weights.values()), tuple(hardware.programmed[name] for name in weights),
-            block_expert=plan.block_expert, used=real.any(axis=1), analog=hardware.experts,
+            block_expert=plan.block_expert, used=used, analog=hardware.experts,
             input_range=hardware.input_range(next(iter(weights))), spec=hardware.spec,
             read=tuple(hardware.read(name, rows) for name in weights), implementation=hardware.implementation,
         )  # fmt: skip

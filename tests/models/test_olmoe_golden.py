@@ -130,8 +130,8 @@ def test_one_expert_alone(golden: Golden) -> None:
 def test_one_expert_through_grouped_matmul(golden: Golden) -> None:
     experts, expert = golden.layers[golden.metadata["expert_layer"]].moe.experts, golden.metadata["expert_index"]
     x, owner = jnp.asarray(golden.recorded["expert_input"])[None], jnp.array([expert], jnp.int32)
-    inner = jax.nn.silu(grouped_matmul(x, experts.gate, owner)) * grouped_matmul(x, experts.up, owner)
-    golden.check("expert_output", grouped_matmul(inner, experts.down, owner)[0])
+    inner = jax.nn.silu(grouped_matmul(x, experts.gate, owner, None)) * grouped_matmul(x, experts.up, owner, None)
+    golden.check("expert_output", grouped_matmul(inner, experts.down, owner, None)[0])
 
 
 def test_numpy_reference_is_the_same_model(golden: Golden) -> None:

@@ -26,7 +26,7 @@ def routed(dtype: Any = jnp.float32) -> tuple[jax.Array, jax.Array, jax.Array]:
 def through_blocks(x: jax.Array, w: jax.Array, chosen: jax.Array) -> jax.Array:
     """`[tokens, copies, columns]`: every token times the weights of its experts."""
     plan = dispatch(chosen, EXPERTS, BLOCK)
-    return from_blocks(grouped_matmul(to_blocks(x, plan), w, plan.block_expert), plan)
+    return from_blocks(grouped_matmul(to_blocks(x, plan), w, plan.block_expert, None), plan)
 
 
 def wide(array: jax.Array) -> np.ndarray:
@@ -100,11 +100,28 @@ def test_work_is_one_product_per_slot() -> None:
     blocks = jax.jit(to_blocks)(x, plan)
     once = blocks.shape[0] * BLOCK * ROWS * COLUMNS
     assert once < EXPERTS * TOKENS * ROWS * COLUMNS
-    forward = multiplications(lambda x, w: grouped_matmul(x, w, plan.block_expert), blocks, w)
+    forward = multiplications(lambda x, w: grouped_matmul(x, w, plan.block_expert, None), blocks, w)
     assert forward == once
 
     def loss(x: jax.Array, w: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.square(grouped_matmul(x, w, plan.block_expert)))
+        return jnp.sum(jnp.square(grouped_matmul(x, w, plan.block_expert, None)))
 
     assert multiplications(jax.grad(loss, argnums=(0, 1)), blocks, w) == 3 * once
     assert multiplications(jax.vmap(through_blocks, in_axes=(None, 0, None)), x, jnp.stack([w, w]), chosen) == 2 * once
+
+
+def test_blocks_that_are_not_used_are_not_multiplied() -> None:
+    """Forward and backward: NaN in the weights that they would meet stays there."""
+    w = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 3)), jnp.float32).at[1].set(jnp.nan)
+    x = jnp.ones((3, 4, 5))
+    expert, used = jnp.array([0, 0, 1]), jnp.array([True, True, False])
+
+    def total(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.sum(grouped_matmul(x, w, expert, used))
+
+    y = grouped_matmul(x, w, expert, used)
+    np.testing.assert_allclose(y[0], x[0] @ w[0], rtol=1e-6)
+    assert not np.any(y[2])
+    dx, dw = jax.grad(total, argnums=(0, 1))(x, w)
+    assert np.all(np.isfinite(dx)) and not np.any(dx[2]) and np.any(dx[0])
+    np.testing.assert_allclose(dw, np.stack([np.full((5, 3), 8.0), np.zeros((5, 3))]))

@@ -76,8 +76,9 @@ def expert_products(
             # Selected per expert, around one matmul: under vmap a `lax.cond` would compute both sides.
             chosen = jnp.where(analog[:, None, None], programmed.w, w)
             product = xla.grouped_crossbar(
-                x, chosen, block_expert, analog, input_range, spec.adc_bound, programmed.weight_max, spec.options, noise
-            )
+                x, chosen, block_expert, used, analog, input_range, spec.adc_bound, programmed.weight_max, spec.options,
+                noise,
+            )  # fmt: skip
             results.append(product)
         return tuple(results)
     refuse_read(read, name)

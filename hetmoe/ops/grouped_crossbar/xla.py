@@ -14,6 +14,7 @@ def grouped_crossbar(
     x: Float[Array, "blocks block K"],
     w: Float[Array, "experts K N"],
     block_expert: Int[Array, "blocks"],
+    used: Bool[Array, "blocks"] | None,
     analog: Bool[Array, "experts"],
     input_range: Float[Array, "experts tiles"] | None,
     adc_bound: Float[Array, ""],
@@ -27,6 +28,7 @@ def grouped_crossbar(
         x: token blocks (`hetmoe.ops.dispatch`).
         w: the weights in force: programmed for analog experts, clean for digital ones.
         block_expert: expert of each block.
+        used: False for blocks that hold only padding, whose results mean nothing; None = all are used.
         analog: which experts are on crossbars.
         input_range: DAC range per expert and row-block; None = dynamic.
         adc_bound: lambda.
@@ -37,7 +39,7 @@ def grouped_crossbar(
 
     def matmul(inputs: Array, start: int, size: int, absolute: bool) -> Array:
         tiles = w[:, start : start + size]
-        return grouped_matmul(inputs, jnp.abs(tiles) if absolute else tiles, block_expert)
+        return grouped_matmul(inputs, jnp.abs(tiles) if absolute else tiles, block_expert, used)
 
     ranges = None if input_range is None else lambda tile: input_range[:, tile][block_expert].reshape(-1, 1, 1)
     return tiled_product(
