@@ -5,7 +5,7 @@
 
 ENV is an environment with torch (CPU), aihwkit-lightning 2.1 and transformers 5 (`bench_peers.py`). The two programs
 take turns call by call, so that a ratio is not one of two moments of the machine; medians over the rounds. Cost: about
-two minutes on two idle cores. Run it on an otherwise idle machine: the first line says how busy it is.
+four minutes on two idle cores. Run it on an otherwise idle machine: the first line says how busy it is.
 """
 
 import contextlib

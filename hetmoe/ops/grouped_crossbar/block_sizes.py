@@ -1,6 +1,6 @@
 """Block sizes of the kernels, by platform and by how many rows a block holds.
 
-None of them is measured: the kernels have been compiled for these platforms, never run there
+None of them is measured: the kernels have been lowered for these platforms, never compiled or run there
 (`experiments/bench_kernels.py --sweep-blocks` will measure them). They follow from sizes.
 On GPU a program holds the sums of a tile and the total in registers, 128 KiB for one matrix of 128 x 128 and as much
 for two of 128 x 64, half of what a multiprocessor of Hopper has; chunks of 64 two-byte rows in three stages fill 96 KiB
