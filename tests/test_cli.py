@@ -132,6 +132,7 @@ BAD_EVAL = [
     (("--tile-rows", "0"), "tile_rows=0"),
     (("--weights", "sometimes"), "--weights 'sometimes' is unknown: use stored, layer, kernel"),
     (("--implementation", "pallas"), "runs on TPU and NVIDIA GPU, this is a CPU"),
+    (("--implementation", "interpret_tpu", "--read-noise", "0.1"), "interpret_tpu has no read noise"),
     (("--implementation", "fast"), "--implementation 'fast' is unknown: use xla, pallas"),
     (("--down-axis", "rows"), "must be 'hidden' or 'output'"),
     (("--dtype", "int8"), "dtype 'int8' is unknown"),

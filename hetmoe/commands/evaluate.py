@@ -93,6 +93,8 @@ class EvalRequest(HardwareOptions):
             raise InputError(f"--weights {self.weights!r} is unknown: use {', '.join(WEIGHTS)}")
         if self.implementation is not None and self.implementation not in IMPLEMENTATIONS:
             raise InputError(f"--implementation {self.implementation!r} is unknown: use {', '.join(IMPLEMENTATIONS)}")
+        if self.implementation not in (None, "xla") and self.read_noise != 0:
+            raise InputError(f"--implementation {self.implementation} has no read noise: leave out one of them")
 
 
 def run(request: EvalRequest) -> None:
