@@ -66,8 +66,8 @@ def seeded_weights(key: jax.Array, *, dense: bool, when: Programming) -> SeededW
     | `when="kernel"` | one matrix; with `implementation="pallas"` none | in every forward pass, at every product |
 
     Under `jax.vmap` the memory of the last two is that for every seed. A kernel draws a weight once for all blocks of
-    rows that it multiplies together on TPU, and once for every block (up to 128 rows) on a GPU: it is for few rows, as in
-    decoding. The maxima that the ADCs need cost one more drawing.
+    rows that it multiplies together on TPU, and once for every block (up to 128 rows) on a GPU: it is for few rows, as
+    in decoding. The maxima that the ADCs need cost one more drawing.
 
     Args:
         key: the noise seed, a scalar threefry key.
