@@ -20,10 +20,10 @@ weights alone are 14 GB. With `--small` one to two minutes on two CPU cores, nea
 
 A floor is the least time for the case's matmuls at the rate of a large bfloat16 matmul, or for reading its operands
 and writing its results once at the bandwidth of a large copy or reduction, whichever took less time per byte. The
-plain program is the fastest that runs of `jax.lax.ragged_dot` and, for experts of equal load, one batched matmul
-(on CPU: `grouped_matmul`); for `seeds` it has the three products only, times the seeds; for `model` it is the digital
-model. Targets are those of an H200. Memory: what XLA plans beside operands and results, and, where the device counts
-it, its peak above the operands, which is an upper bound: earlier programs may have set that peak.
+plain program is the fastest that runs of `jax.lax.ragged_dot`, for experts of equal load one batched matmul, and the
+kernels without converters (on CPU: `grouped_matmul`); for `seeds` it has the three products only, times the seeds; for
+`model` it is the digital model. Targets are those of an H200. Memory: what XLA plans beside operands and results, and,
+where the device counts it, its peak above the operands, which is an upper bound: earlier programs may have set it.
 """
 
 import contextlib

@@ -23,7 +23,7 @@ from hetmoe.models.params import FeedForward
 from hetmoe.models.routing import Routing
 from hetmoe.models.transformer import head_logits, hidden_states
 from hetmoe.ops.dispatch import choose_block_size, dispatch, to_blocks
-from hetmoe.ops.grouped_crossbar.api import expert_products
+from hetmoe.ops.grouped_crossbar.api import digital_products, expert_products
 from hetmoe.ops.grouped_crossbar.block_sizes import rows_per_block
 from hetmoe.ops.grouped_matmul.xla import grouped_matmul
 from kernel_work import Sizes, Work, backward_work, crossbar_work, grouped_work, model_work, seed_work
@@ -171,6 +171,12 @@ def _block_products(x: Array, mid: Array, w: FeedForward, block_expert: Array) -
     return _products(lambda rows, of: grouped_matmul(rows, of, block_expert, None), x, mid, w)
 
 
+def _kernel_products(x: Array, mid: Array, w: FeedForward, block_expert: Array) -> tuple[Array, ...]:
+    used = jnp.ones(block_expert.shape, bool)
+    run = functools.partial(digital_products, block_expert=block_expert, used=used, implementation="pallas")
+    return (*run(x, (w.gate, w.up)), *run(mid, (w.down,)))
+
+
 def plain_products(sizes: Sizes, chosen: np.ndarray, clean: FeedForward) -> dict[str, Program]:
     """The plain grouped matmuls of this platform; each program starts with the rows, the inner rows and the weights."""
     c, copies = sizes.config, chosen.size
@@ -183,8 +189,11 @@ def plain_products(sizes: Sizes, chosen: np.ndarray, clean: FeedForward) -> dict
         plan = _dispatch(chosen, c.num_experts, choose_block_size(copies, c.num_experts))
         blocks = rows(len(plan.block_expert), plan.block_size)
         return {"grouped_matmul": Program(_block_products, (*blocks, clean, plan.block_expert))}
-    # XLA may have no fast ragged_dot for a GPU; the other one has the same work where all loads are equal.
+    # XLA may have no fast ragged_dot for a GPU; "equal groups" has the same work where all loads are equal.
+    plan = _dispatch(chosen, c.num_experts, rows_per_block(copies, c.num_experts))
+    blocks = rows(len(plan.block_expert), plan.block_size)
     return {
+        "digital kernels": Program(_kernel_products, (*blocks, clean, plan.block_expert)),
         "ragged_dot": Program(_ragged_products, (*rows(copies), clean, jnp.asarray(groups))),
         "equal groups": Program(_equal_products, (*rows(c.num_experts, copies // c.num_experts), clean)),
     }
@@ -253,7 +262,9 @@ def seeds_case(sizes: Sizes, tokens: int, implementation: str) -> Case:
             ranges={"experts_in": tile_ranges(spec, rows, experts), "experts_mid": tile_ranges(spec, inner, experts)},
             implementation=implementation,
         )  # fmt: skip
-        return routed_experts(x, clean, routing, hardware, Probe(None)).sum(axis=1)  # results of all seeds are small
+        return routed_experts(x, clean, routing, hardware, Probe(None), implementation).sum(
+            axis=1
+        )  # results of all seeds are small
 
     def kernel(x: Array, clean: FeedForward, routing: Routing, keys: Array) -> Array:
         return jax.lax.map(lambda key: run(x, clean, routing, seeded_layer(key)), keys)
@@ -308,7 +319,7 @@ def model_case(sizes: Sizes, implementation: str) -> Case:
     return Case(
         work=model_work(sizes),
         ours={"": Program(over_seeds, (params, tokens, keys))},
-        plain={"digital model": Program(lambda p, t: loss(p, t, {}), (params, tokens))},
+        plain={"digital model": Program(lambda p, t: loss(p, t, {"implementation": implementation}), (params, tokens))},
         repeats=sizes.seeds,
         tokens=sizes.seeds * sizes.sequences * sizes.seq,
     )

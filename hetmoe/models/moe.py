@@ -10,9 +10,8 @@ from hetmoe.models.hardware import LayerHardware, Probe, dense_matmul
 from hetmoe.models.params import FeedForward, MoE
 from hetmoe.models.routing import Routing
 from hetmoe.ops.dispatch import choose_block_size, dispatch, from_blocks, to_blocks
-from hetmoe.ops.grouped_crossbar.api import check_implementation, expert_products
+from hetmoe.ops.grouped_crossbar.api import check_implementation, digital_products, expert_products
 from hetmoe.ops.grouped_crossbar.block_sizes import rows_per_block
-from hetmoe.ops.grouped_matmul.xla import grouped_matmul
 
 
 def moe_block(
@@ -21,13 +20,14 @@ def moe_block(
     routing: Routing,
     hardware: LayerHardware | None,
     probe: Probe,
+    implementation: str | None,
 ) -> Float[Array, "tokens hidden"]:
     """Runs each token through its experts and the shared ones, and adds the results.
 
-    The results of routed experts carry the routing weights, that of the shared experts the sigmoid of its gate, if it
-    has one.
+    `implementation` is that of the routed experts. Their results carry the routing weights, that of the shared experts
+    the sigmoid of its gate, if it has one.
     """
-    out = routed_experts(x, moe.experts, routing, hardware, probe)
+    out = routed_experts(x, moe.experts, routing, hardware, probe, implementation)
     if moe.shared is None:
         return out
     shared = feed_forward(x, moe.shared, "shared", hardware, probe)
@@ -59,6 +59,7 @@ def routed_experts(
     routing: Routing,
     hardware: LayerHardware | None,
     probe: Probe,
+    implementation: str | None,
 ) -> Float[Array, "tokens hidden"]:
     """Runs each token through its experts (SwiGLU) and adds the results with the routing weights.
 
@@ -66,8 +67,8 @@ def routed_experts(
     one; no token is dropped and no expert sees a token that was not routed to it.
     """
     count = experts.gate.shape[0]
-    kernel = hardware is not None and check_implementation(hardware.implementation) != "xla"
-    block_size = (rows_per_block if kernel else choose_block_size)(routing.chosen.size, count)
+    choose = choose_block_size if check_implementation(implementation) == "xla" else rows_per_block
+    block_size = choose(routing.chosen.size, count)
     plan = dispatch(routing.chosen, count, block_size)
     blocks = to_blocks(x, plan)
     real = (plan.slot_token < x.shape[0]).reshape(blocks.shape[:2])  # padding slots hold no token
@@ -77,12 +78,18 @@ def routed_experts(
     def multiply(inputs: Array, **weights: Array) -> tuple[Array, ...]:
         """By matrices that share the inputs, and their DACs."""
         if hardware is None or hardware.experts is None:
-            return tuple(grouped_matmul(inputs, w, plan.block_expert, used) for w in weights.values())
+            return digital_products(
+                inputs,
+                tuple(weights.values()),
+                block_expert=plan.block_expert,
+                used=used,
+                implementation=implementation,
+            )
         return expert_products(
             inputs, tuple(weights.values()), tuple(hardware.programmed[name] for name in weights),
             block_expert=plan.block_expert, used=used, analog=hardware.experts,
             input_range=hardware.input_range(next(iter(weights))), spec=hardware.spec,
-            read=tuple(hardware.read(name, rows) for name in weights), implementation=hardware.implementation,
+            read=tuple(hardware.read(name, rows) for name in weights), implementation=implementation,
         )  # fmt: skip
 
     probe.grouped("experts_in", blocks, real, plan.block_expert)

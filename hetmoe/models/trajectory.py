@@ -28,7 +28,7 @@ def trajectory(params: Params, tokens: Int[Array, "batch seq"], config: ModelCon
     """The digital forward pass with everything that a change of one expert starts from."""
 
     def step(x: Array, scanned: tuple[Layer | DenseLayer, None]) -> tuple[Array, tuple[Array, Array, Routing | None]]:
-        result = decoder_layer(x, scanned[0], config, None, Probe(None))
+        result = decoder_layer(x, scanned[0], config, None, Probe(None), None)
         return result.x, (result.ffn_in, result.x, result.routing)
 
     x, kept = scan_layers(step, params.embed[tokens], params, config, {True: None, False: None})
@@ -48,7 +48,7 @@ def resume(
 
     def step(x: Array, scanned: tuple[Layer | DenseLayer, Array]) -> tuple[Array, None]:
         layer, number = scanned
-        run = lambda x: decoder_layer(x, layer, config, None, Probe(None)).x  # noqa: E731
+        run = lambda x: decoder_layer(x, layer, config, None, Probe(None), None).x  # noqa: E731
         return jax.lax.cond(number > after, run, lambda x: x, x), None
 
     numbers = {True: jnp.asarray(config.moe_layers), False: jnp.asarray(config.dense_layers, np.int32)}

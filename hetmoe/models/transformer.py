@@ -35,9 +35,17 @@ class LayerResult(NamedTuple):
 
 
 def decoder_layer(
-    x: Array, layer: Layer | DenseLayer, config: ModelConfig, hardware: LayerHardware | None, probe: Probe
+    x: Array,
+    layer: Layer | DenseLayer,
+    config: ModelConfig,
+    hardware: LayerHardware | None,
+    probe: Probe,
+    implementation: str | None,
 ) -> LayerResult:
-    """Attention, then experts or a dense feed-forward network, each behind a norm and beside the residual stream."""
+    """Attention, then experts or a dense feed-forward network, each behind a norm and beside the residual stream.
+
+    `implementation` is that of the routed experts; dense modules on crossbars have theirs from `hardware`.
+    """
     eps = config.rms_norm_eps
     with jax.named_scope("attention"):
         normed = rms_norm(x, layer.input_norm, eps)
@@ -47,7 +55,7 @@ def decoder_layer(
     if isinstance(layer, Layer):
         with jax.named_scope("moe"):
             routing = route(normed, layer.moe, config)
-            out = moe_block(normed, layer.moe, routing, hardware, probe)
+            out = moe_block(normed, layer.moe, routing, hardware, probe, implementation)
     else:
         with jax.named_scope("ffn"):
             out = feed_forward(normed, layer.ffn, "ffn", hardware, probe)
@@ -141,7 +149,7 @@ def hidden_states(
         if by_layer and layer_hardware is not None:
             layer_hardware = layer_hardware.program(layer)
         probe = Probe(observe)
-        result = decoder_layer(x, layer, config, layer_hardware, probe)
+        result = decoder_layer(x, layer, config, layer_hardware, probe, implementation)
         return result.x, (result.routing, probe.seen)
 
     changes = {True: None, False: None} if hook is None else {True: hook.layers, False: hook.dense_layers}
@@ -212,8 +220,8 @@ def forward(
             (`hetmoe.seeded_weights`).
         calibration: static DAC input ranges; None = dynamic (`max|x|` per token and row-block).
         read_key: key of the per-product read noise, if `spec.read_noise` is set.
-        implementation: of the products on the analog path: `"xla"`, `"pallas"` (TPU and NVIDIA GPU, without read
-            noise), or None for `"xla"`; static.
+        implementation: of the products of routed experts, digital or analog, and of dense modules on crossbars:
+            `"xla"`, `"pallas"` (TPU and NVIDIA GPU, without read noise), or None for `"xla"`; static.
 
     Returns:
         float32 logits.

@@ -102,10 +102,11 @@ def test_work_is_that_of_the_plain_programs(monkeypatch) -> None:
     assert all(len(set(experts)) == len(experts) for experts in chosen.tolist())
     programs = kernel_cases.plain_products(SMALL, chosen, kernel_cases.make_clean(SMALL))
     work = grouped_work(SMALL, SMALL.tokens, SMALL.config.num_experts)
-    for program in programs.values():
+    for name, program in programs.items():
         results = jax.eval_shape(program.function, *program.arguments)
         operands = program.arguments[:3]
-        assert sum(y.size * y.dtype.itemsize for y in jax.tree.leaves((results, operands))) == work.bytes
+        moved = sum(y.size * y.dtype.itemsize for y in jax.tree.leaves((results, operands)))
+        assert moved > work.bytes if name == "digital kernels" else moved == work.bytes  # these pad their blocks
     equal = programs["equal groups"]
     analysis = jax.jit(equal.function).lower(*equal.arguments).cost_analysis()
     assert analysis["flops"] == work.operations

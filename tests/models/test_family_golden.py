@@ -107,7 +107,7 @@ def test_one_expert_and_the_shared_ones(name: str) -> None:
     routing = Routing(
         logits=jnp.zeros((len(x), model.config.num_experts)), chosen=chosen, weights=jnp.ones((len(x), 1))
     )
-    near(routed_experts(x, moe.experts, routing, None, Probe(None)), expected["expert_output"])
+    near(routed_experts(x, moe.experts, routing, None, Probe(None), None), expected["expert_output"])
     assert (moe.shared is None) == ("shared_output" not in expected)
     if moe.shared is not None:
         shared = np.asarray(feed_forward(x, moe.shared, "shared", None, Probe(None)), np.float64)

@@ -71,6 +71,24 @@ def test_every_kind_of_module(name: str) -> None:
     assert np.abs(wanted - logits(FULL, off, spec, stored, "xla")).max() > 1000 * ROUNDING * np.abs(wanted).max()
 
 
+@pytest.mark.parametrize("name", KERNELS)
+def test_digital_experts(name: str) -> None:
+    """Without a plan, and gradients too."""
+    tokens = random_tokens(FULL, 1, (2, 9))
+
+    def loss(params: Params, name: str | None) -> tuple[jax.Array, jax.Array]:
+        found = forward(params, tokens, FULL, implementation=name)
+        return jnp.sum(jnp.sin(found)), found
+
+    run = jax.jit(jax.grad(loss, has_aux=True), static_argnames="name")
+    (gradient, found), (wanted_gradient, wanted) = (run(params(FULL), name=n) for n in (name, "xla"))
+    assert_same(np.asarray(found), np.asarray(wanted))
+    for leaf, expected in zip(jax.tree.leaves(gradient), jax.tree.leaves(wanted_gradient), strict=True):
+        # Roundings of a whole backward pass: ten times those of the forward pass.
+        assert np.abs(leaf - expected).max() <= 10 * ROUNDING * np.abs(expected).max()
+    assert "grouped_crossbar" in str(jax.make_jaxpr(functools.partial(loss, name=name))(params(FULL)))
+
+
 @pytest.mark.parametrize(
     ("when", "implementation"), [("layer", "xla"), ("kernel", "xla"), *(("kernel", k) for k in KERNELS)]
 )

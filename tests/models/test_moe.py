@@ -26,7 +26,7 @@ _route = jax.jit(route, static_argnums=2)
 
 @jax.jit
 def _block(x: jax.Array, moe: MoE, routing: Routing) -> jax.Array:
-    return moe_block(x, moe, routing, None, Probe(None))
+    return moe_block(x, moe, routing, None, Probe(None), None)
 
 
 @functools.cache
@@ -202,7 +202,7 @@ def test_gradient_equals_that_of_the_naive_block() -> None:
 
     def block(x: jax.Array, weights: jax.Array, of: MoE) -> jax.Array:
         plan = Routing(logits=jnp.zeros((tokens, EXPERTS)), chosen=jnp.asarray(chosen, jnp.int32), weights=weights)
-        return jnp.sum(moe_block(x, of, plan, None, Probe(None)) * cotangent)
+        return jnp.sum(moe_block(x, of, plan, None, Probe(None), None) * cotangent)
 
     def dense(x: jax.Array, weights: jax.Array, of: MoE) -> jax.Array:
         """Every token through every expert, most of them with weight zero."""

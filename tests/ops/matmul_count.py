@@ -13,12 +13,21 @@ def dots(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             yield equation, times
+        elif _is_platform_choice(jaxpr, equation):
+            yield from dots(equation.params["branches"][-1].jaxpr, times)  # the default, which runs on CPU
+            continue
         elif equation.primitive.name in ("while", "cond", "ragged_dot", "ragged_dot_general"):
             raise NotImplementedError(f"{equation.primitive}: its work is not known here")
         length = equation.params["length"] if equation.primitive.name == "scan" else 1
         inner = {id(sub): sub for value in equation.params.values() for sub in _jaxprs(value)}
         for sub in inner.values():
             yield from dots(sub, times * length)
+
+
+def _is_platform_choice(jaxpr: Any, equation: Any) -> bool:
+    """Whether it is the branch of `lax.platform_dependent`."""
+    chosen = {e.outvars[0] for e in jaxpr.eqns if e.primitive.name == "platform_index"}
+    return equation.primitive.name == "cond" and equation.invars[0] in chosen
 
 
 def _jaxprs(value: Any) -> Iterator[Any]:

@@ -11,7 +11,7 @@ from hetmoe.analog.programming import ProgrammedMatrix, SeededMatrix
 from hetmoe.analog.spec import AnalogSpec, analog_spec
 from hetmoe.ops.crossbar_matmul.api import crossbar_matmul
 from hetmoe.ops.dispatch import dispatch, from_blocks, to_blocks
-from hetmoe.ops.grouped_crossbar.api import expert_products
+from hetmoe.ops.grouped_crossbar.api import digital_products, expert_products
 from hetmoe.ops.grouped_crossbar.block_sizes import rows_per_block
 
 PLATFORMS = {"tpu": "tpu_custom_call", "cuda": "__gpu$xla.gpu.triton"}  # what the program calls
@@ -94,6 +94,36 @@ def test_gradients_and_seeds(platform: str, seeded: bool) -> None:
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("tokens", [1, 4096])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
+@pytest.mark.parametrize("model", MODELS)
+def test_experts_without_crossbars(model: str, dtype: Any, tokens: int, platform: str) -> None:
+    """Forward and backward; no copy of the weights is made, also not of DeepSeekMoE's 1408 rows."""
+    hidden, inner, copies = MODELS[model]
+
+    def products(x: jax.Array, mid: jax.Array, w: tuple[jax.Array, ...], chosen: jax.Array) -> tuple[jax.Array, ...]:
+        plan = dispatch(chosen, EXPERTS, rows_per_block(chosen.size, EXPERTS))
+        used = jnp.ones(plan.block_expert.shape, bool)
+        run = functools.partial(digital_products, block_expert=plan.block_expert, used=used, implementation="pallas")
+        return (*run(to_blocks(x, plan), w[:2]), *run(to_blocks(mid, plan), w[2:]))
+
+    def loss(x: jax.Array, mid: jax.Array, w: tuple[jax.Array, ...], chosen: jax.Array) -> jax.Array:
+        return sum((jnp.sum(y) for y in products(x, mid, w, chosen)), jnp.float32(0))
+
+    shapes = [(hidden, inner), (hidden, inner), (inner, hidden)]
+    given = (
+        Shape((tokens, hidden), dtype), Shape((tokens, inner), dtype),
+        tuple(Shape((EXPERTS, *shape), dtype) for shape in shapes), Shape((tokens, copies), jnp.int32),
+    )  # fmt: skip
+    text = lowered(products, platform, *given)
+    assert text.count(PLATFORMS[platform]) == 2
+    assert not any(
+        f"tensor<{EXPERTS}x{k}x{n}x" in line for line in text.splitlines() if "pad" in line for k, n in shapes
+    )
+    assert lowered(jax.grad(loss, argnums=(0, 1, 2)), platform, *given).count(PLATFORMS[platform]) >= 4
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("rows", [1, 32, 4096])
 @pytest.mark.parametrize(("dtype", "bits"), [(jnp.bfloat16, 8), (jnp.bfloat16, None), (jnp.float32, 8)])
 def test_one_matrix(rows: int, dtype: Any, bits: int | None, platform: str) -> None:
@@ -104,6 +134,22 @@ def test_one_matrix(rows: int, dtype: Any, bits: int | None, platform: str) -> N
 
     text = lowered(product, platform, Shape((rows, 2048), dtype), Shape((2048, 102400), dtype))
     assert text.count(PLATFORMS[platform]) == 1
+
+
+def test_large_tiles_have_fewer_columns_or_are_refused_on_tpu() -> None:
+    def product(x: jax.Array, w: jax.Array) -> jax.Array:
+        return crossbar_matmul(x, w, tile_rows=10**6, implementation="pallas")
+
+    def shapes(rows: int) -> tuple[Any, Any]:
+        return Shape((16, rows), jnp.float32), Shape((rows, 1024), jnp.float32)
+
+    # A step sees as many columns as fit: 2048 rows of 512 in float32 are 4 MiB.
+    for rows, columns in ((2048, 512), (4096, 256), (8192, 128)):
+        assert f"Ref<default>{{f32[1,{rows},{columns}]}}" in str(jax.jit(product).trace(*shapes(rows)).jaxpr)
+        assert lowered(product, "tpu", *shapes(rows)).count(PLATFORMS["tpu"]) == 1
+    with pytest.raises(NotImplementedError, match=r"tiles of 8193 rows .* tile_rows of at most 8192"):
+        lowered(product, "tpu", *shapes(8193))
+    assert lowered(product, "cuda", *shapes(8193)).count(PLATFORMS["cuda"]) == 1
 
 
 def test_other_platforms_are_refused() -> None:

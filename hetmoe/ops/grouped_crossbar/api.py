@@ -13,11 +13,12 @@ from hetmoe.ops.crossbar_matmul import xla as crossbar_xla
 from hetmoe.ops.crossbar_matmul.base import CrossbarOptions
 from hetmoe.ops.grouped_crossbar import xla
 from hetmoe.ops.grouped_crossbar.block_sizes import rows_per_block
-from hetmoe.ops.grouped_crossbar.blocks import Chip, Matrix
+from hetmoe.ops.grouped_crossbar.blocks import Chip, Clean, Matrix
 from hetmoe.ops.grouped_crossbar.operands import make_matrix, make_tables
 from hetmoe.ops.grouped_crossbar.packing import pad_axis, round_up
 from hetmoe.ops.grouped_crossbar.pallas import crossbar_blocks
 from hetmoe.ops.grouped_crossbar.shape import Static
+from hetmoe.ops.grouped_matmul.xla import grouped_matmul
 
 Read = tuple[ReadNoise, jax.Array, Array] | None
 
@@ -85,6 +86,42 @@ def expert_products(
     tables = make_tables(block_expert, used, analog, input_range, spec.adc_bound)
     matrices = tuple(make_matrix(w, side, spec) for w, side in zip(clean, analog_side, strict=True))
     return crossbar_blocks(x, tables, matrices, _static(spec, name))
+
+
+def digital_products(
+    x: Float[Array, "blocks block K"],
+    weights: tuple[Float[Array, "experts K N"], ...],
+    *,
+    block_expert: Int[Array, "blocks"],
+    used: Bool[Array, "blocks"],
+    implementation: str | None,
+) -> tuple[Float[Array, "blocks block N"], ...]:
+    """Every block of rows times matrices of its expert where none is on a crossbar; float32.
+
+    Args:
+        x: token blocks (`hetmoe.ops.dispatch`).
+        weights: of the matrices that share the rows.
+        block_expert: expert of each block.
+        used: False for blocks that hold only padding; their results mean nothing.
+        implementation: a name of `IMPLEMENTATIONS`, or None.
+
+    Raises:
+        NotImplementedError: if the named implementation cannot run this.
+    """
+    name = check_implementation(implementation)
+    if name == "xla":
+        return tuple(grouped_matmul(x, w, block_expert, used) for w in weights)
+    none_analog = jnp.zeros((weights[0].shape[0],), bool)
+    tables = make_tables(block_expert, used, none_analog, None, jnp.float32(0))
+    matrices = tuple(Matrix(clean=Clean(w=w, low=None, high=None), programmed=None, chip=None) for w in weights)
+    return crossbar_blocks(x, tables, matrices, _without_converters(x.shape[2], name))
+
+
+def _without_converters(rows: int, name: str) -> Static:
+    """Matrices of `rows` rows cut where no padding is needed, if they can be: a digital unit has no tiles."""
+    tile = next((size for size in (512, 384, 256, 128) if rows % size == 0), 512)
+    options = CrossbarOptions(dac_bits=None, adc_bits=None, tile_rows=tile)
+    return Static(options=options, device=None, interpret=IMPLEMENTATIONS[name])
 
 
 def matrix_product(

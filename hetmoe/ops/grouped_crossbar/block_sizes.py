@@ -38,11 +38,28 @@ def rows_per_block(rows: int, groups: int) -> int:
     return next((size for size in ROWS if size * 2 * groups >= rows), ROWS[-1])
 
 
-def choose(platform: Platform, *, rows: int, columns: int, matrices: int, item_bytes: int) -> BlockSizes:
-    """Sizes for blocks of `rows` rows and matrices with `columns` columns of `item_bytes` bytes a weight."""
+# Of a step's tile of one matrix on TPU. Two matrices, clean and programmed, each with its successor, are eight of them;
+# drawing noise needs about as much again in float32, and VMEM holds 64 MiB beside the sums (`pallas_tpu.VMEM_BYTES`).
+TILE_BYTES = 4 * 2**20
+
+
+def choose(platform: Platform, *, rows: int, tile: int, columns: int, matrices: int, item_bytes: int) -> BlockSizes:
+    """Sizes for blocks of `rows` rows and matrices with `columns` columns of `item_bytes` bytes a weight.
+
+    `tile` is how many rows the largest tile has.
+
+    Raises:
+        NotImplementedError: for tiles that a TPU cannot hold.
+    """
     if platform == "tpu":
         aligned = -(-columns // 128) * 128
-        return BlockSizes(columns=next(c for c in (512, 256, 128) if aligned % c == 0), chunk=128)
+        fitting = (c for c in (512, 256, 128) if aligned % c == 0 and tile * c * item_bytes <= TILE_BYTES)
+        if (width := next(fitting, None)) is None:
+            raise NotImplementedError(
+                f"tiles of {tile} rows are too large for the memory of a TPU core: use tile_rows of at most "
+                f"{TILE_BYTES // (128 * item_bytes)}, or implementation='xla'"
+            )
+        return BlockSizes(columns=width, chunk=128)
     widest = max(16, 128 // matrices)
     fitting = next((c for c in (16, 32, 64, 128) if c >= min(columns, widest)), widest)
     return BlockSizes(columns=fitting, chunk=128 // item_bytes, warps=8 if rows * fitting >= 128 * 64 else 4, stages=3)

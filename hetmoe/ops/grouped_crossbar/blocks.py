@@ -10,9 +10,10 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int, UInt32
+
+from hetmoe.ops.mapped_axis import element_numbers, fold_axis
 
 EMPTY, DIGITAL, ANALOG = 0, 1, 2  # what a block is; the rows of an empty one are padding, its results zero
 
@@ -61,12 +62,17 @@ class Matrix:
     """One matrix for every expert, and for every seed where they differ.
 
     Analog blocks multiply by `programmed`, or by `clean` with `chip.noise`; digital ones by `clean`, which may be None
-    if there are none.
+    if there are none, as `chip` may if no block is analog.
     """
 
     clean: Clean | None
     programmed: Float[Array, "programmed K N"] | None
-    chip: Chip
+    chip: Chip | None
+
+    @property
+    def noise(self) -> Noise | None:
+        """What programs the weights on the way, if anything does."""
+        return None if self.chip is None else self.chip.noise
 
 
 def fold(
@@ -85,7 +91,7 @@ def fold(
 
     join = functools.partial(fold_axis, size)
     blocks = tables.mode.shape[-1]
-    element = jnp.repeat(jnp.arange(size, dtype=jnp.int32), blocks)
+    element = element_numbers(size, blocks)
     joined: Tables = jax.tree.map(join, tables, tables_has)
     for name in ("clean", "programmed", "chip"):  # each an index of the tables and a part of every matrix
         part, has = ([getattr(m, name) for m in group] for group in (matrices, matrices_has))
@@ -97,9 +103,3 @@ def fold(
         whole = jax.tree.map(join, part, has)
         matrices = tuple(dataclasses.replace(m, **{name: w}) for m, w in zip(matrices, whole, strict=True))
     return join(x, x_has), joined, matrices
-
-
-def fold_axis(size: int, leaf: Array, has: bool) -> Array:
-    """A leaf with its mapped leading axis, of `size`, folded into the next; repeated if it has none."""
-    whole = leaf if has else jnp.broadcast_to(leaf, (size, *leaf.shape))
-    return whole.reshape(-1, *whole.shape[2:])

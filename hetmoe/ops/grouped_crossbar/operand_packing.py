@@ -15,8 +15,9 @@ def make_shape(platform: Platform, static: Static, block: int, matrices: tuple[M
     """(shape of the kernels for blocks of `block` rows, packed columns)."""
     w = weights_of(matrices[0])
     rows, columns = w.shape[1:]
+    tile = make_layout(rows, static.options.tile_rows, 1).tile
     sizes = static.sizes or block_sizes.choose(
-        platform, rows=block, columns=columns, matrices=len(matrices), item_bytes=w.dtype.itemsize
+        platform, rows=block, tile=tile, columns=columns, matrices=len(matrices), item_bytes=w.dtype.itemsize
     )
     layout = make_layout(rows, static.options.tile_rows, sizes.chunk)
     shape = Shape(layout=layout, options=static.options, device=static.device, width=columns, sizes=sizes)
@@ -35,5 +36,7 @@ def pack_matrix(matrix: Matrix, shape: Shape, packed: int) -> Matrix:
         group = (None, None) if clean.low is None or clean.high is None else (wide(clean.low), wide(clean.high))
         clean = dataclasses.replace(clean, w=pack_weights(clean.w), low=group[0], high=group[1])
     programmed = None if matrix.programmed is None else pack_weights(matrix.programmed)
-    chip = dataclasses.replace(matrix.chip, weight_max=wide(matrix.chip.weight_max))
+    chip = matrix.chip
+    if chip is not None:
+        chip = dataclasses.replace(chip, weight_max=wide(chip.weight_max))
     return Matrix(clean=clean, programmed=programmed, chip=chip)

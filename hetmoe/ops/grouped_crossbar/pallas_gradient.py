@@ -16,11 +16,12 @@ from jaxtyping import Array, Int
 
 from hetmoe.ops.grouped_crossbar import pallas_tpu_backward, pallas_triton_backward
 from hetmoe.ops.grouped_crossbar.block_sizes import Platform
-from hetmoe.ops.grouped_crossbar.blocks import ANALOG, DIGITAL, EMPTY, Matrix, Tables, fold, fold_axis
+from hetmoe.ops.grouped_crossbar.blocks import ANALOG, DIGITAL, EMPTY, Matrix, Tables, fold
 from hetmoe.ops.grouped_crossbar.operand_packing import make_shape, pack_matrix
 from hetmoe.ops.grouped_crossbar.packing import pack_rows, pad_axis, unpack_rows
 from hetmoe.ops.grouped_crossbar.platforms import on_platform
 from hetmoe.ops.grouped_crossbar.shape import Shape, Static
+from hetmoe.ops.mapped_axis import element_numbers, fold_axis
 
 KERNELS: dict[str, Any] = {"tpu": pallas_tpu_backward, "cuda": pallas_triton_backward}
 
@@ -79,7 +80,7 @@ def _backward(static: Static, counts: tuple[int, ...]) -> Callable[..., tuple[Ar
         slots: Slots,
     ) -> Any:  # fmt: skip
         join = functools.partial(fold_axis, size)
-        element = jnp.repeat(jnp.arange(size, dtype=jnp.int32), tables.mode.shape[-1])
+        element = element_numbers(size, tables.mode.shape[-1])
         # Also of a matrix that all elements share, each has a gradient of its own.
         own = tuple(
             join(slot, has) + element * count for slot, has, count in zip(slots, batched[5], counts, strict=True)

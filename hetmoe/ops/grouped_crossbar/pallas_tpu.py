@@ -94,7 +94,7 @@ def blocks_matmul(
 def kept_weights(matrices: tuple[Matrix, ...], shape: Shape) -> list[Any]:
     """Room for a tile of every matrix that is programmed on the way."""
     size = (shape.layout.tile, shape.columns)
-    return [pltpu.VMEM(size, weights_of(matrix).dtype) for matrix in matrices if matrix.chip.noise is not None]
+    return [pltpu.VMEM(size, weights_of(matrix).dtype) for matrix in matrices if matrix.noise is not None]
 
 
 def group_size(blocks: int, bytes_each: int) -> int:
@@ -114,7 +114,7 @@ def flat_tables(tables: Tables) -> Tables:
 
 def noise_scalars(matrix: Matrix) -> dict[str, Array]:
     """What a matrix that is programmed on the way has in scalar memory."""
-    noise = matrix.chip.noise
+    noise = matrix.noise
     if noise is None:
         return {}
     words = jax.lax.bitcast_convert_type(noise.words, jnp.int32).reshape(-1)
@@ -144,8 +144,8 @@ def matrix_windows(
 
     pairs: list[dict[str, tuple[Array, pl.BlockSpec]]] = []
     for matrix in matrices:
-        clean, noise = matrix.clean, matrix.chip.noise
-        found = {"weight_max": per_tile("chip", matrix.chip.weight_max)}
+        clean, noise = matrix.clean, matrix.noise
+        found = {} if matrix.chip is None else {"weight_max": per_tile("chip", matrix.chip.weight_max)}
         if clean is not None:
             found["clean"] = (
                 clean.w,
@@ -177,27 +177,35 @@ def _step(
         for total in sums:
             total[i] = jnp.zeros(total.shape[1:], jnp.float32)
 
-    @pl.when(of.mode[b] == DIGITAL)
-    def _digital() -> None:
-        for matrix, total in zip(matrices, sums, strict=True):
-            if "clean" in matrix:
+    if "clean" in matrices[0]:
+
+        @pl.when(of.mode[b] == DIGITAL)
+        def _digital() -> None:
+            for matrix, total in zip(matrices, sums, strict=True):
                 total[i] += kernel_math.dot(x_ref[0], matrix["clean"][0], x_ref.dtype)
 
-    @pl.when(of.mode[b] == ANALOG)
-    def _analog() -> None:
-        _analog_tile(of, noise, given, (sums, insides), kept, shape, (b, i, n, t))
+    if "weight_max" in matrices[0]:
+
+        @pl.when(of.mode[b] == ANALOG)
+        def _analog() -> None:
+            _analog_tile(of, noise, given, (sums, insides), kept, shape, (b, i, n, t))
 
     if insides:
 
         @pl.when(of.mode[b] != ANALOG)
         def _unconverted() -> None:
-            for inside in insides:
-                inside[...] = jnp.ones(inside.shape, jnp.int8)
+            _let_pass(insides)
 
     @pl.when(t == shape.layout.tiles - 1)
     def _finish() -> None:
         for out, total in zip(outs, sums, strict=True):
             out[0] = total[i]
+
+
+def _let_pass(insides: tuple[Any, ...]) -> None:
+    """No ADC clips anything of this block."""
+    for inside in insides:
+        inside[...] = jnp.ones(inside.shape, jnp.int8)
 
 
 def _analog_tile(

@@ -148,16 +148,18 @@ def _inputs_step(
         def _digital() -> None:
             add([matrix["clean"][0] for matrix in given["matrices"]])
 
-    @pl.when(of.mode[b] == ANALOG)
-    def _analog() -> None:
-        add(
-            [
-                matrix["programmed"][0]
-                if "programmed" in matrix
-                else kept_tile(of, noise[index], matrix, kept[index], shape, (b, i, n, t))
-                for index, matrix in enumerate(given["matrices"])
-            ]
-        )
+    if "weight_max" in given["matrices"][0]:
+
+        @pl.when(of.mode[b] == ANALOG)
+        def _analog() -> None:
+            add(
+                [
+                    matrix["programmed"][0]
+                    if "programmed" in matrix
+                    else kept_tile(of, noise[index], matrix, kept[index], shape, (b, i, n, t))
+                    for index, matrix in enumerate(given["matrices"])
+                ]
+            )
 
     @pl.when(n == last)
     def _finish() -> None:

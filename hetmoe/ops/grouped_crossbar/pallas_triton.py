@@ -55,13 +55,11 @@ def blocks_matmul(
 
 def flat_words(matrix: Matrix) -> Matrix:
     """Key words by chip and position: the kernel indexes one axis."""
-    noise = matrix.chip.noise
-    if noise is None:
+    chip, noise = matrix.chip, matrix.noise
+    if chip is None or noise is None:
         return matrix
     words = noise.words.reshape(noise.words.shape[0], -1)
-    return dataclasses.replace(
-        matrix, chip=dataclasses.replace(matrix.chip, noise=dataclasses.replace(noise, words=words))
-    )
+    return dataclasses.replace(matrix, chip=dataclasses.replace(chip, noise=dataclasses.replace(noise, words=words)))
 
 
 def side_by_side(blocks: int, stripes: int) -> tuple[Array, Array]:
@@ -86,9 +84,11 @@ def _program_instance(
         for out, result in zip(outs, results, strict=True):
             plgpu.store(out.at[b, :, columns], result)
 
-    @pl.when(mode == ANALOG)
-    def _analog() -> None:
-        write(_analog_block(x, of, matrices, insides, shape, b, n))
+    if matrices[0].chip is not None:
+
+        @pl.when(mode == ANALOG)
+        def _analog() -> None:
+            write(_analog_block(x, of, matrices, insides, shape, b, n))
 
     if matrices[0].clean is not None:
 
@@ -192,6 +192,7 @@ def _convert(
         y = y * kernel_math.step_size(bound, options.dac_bits)
     if options.adc_bits is None:
         return y
+    assert matrix.chip is not None
     largest = _per_tile(matrix.chip.weight_max, load(of.chip, b), t, n, shape)
     limit = bound * load(of.adc_bound, b) * largest
     if inside is not None:
@@ -210,7 +211,7 @@ def weights_chunk(of: Tables, matrix: Matrix, shape: Shape, b: Array, n: Array, 
     """A chunk of the weights that an analog block multiplies by."""
     if matrix.programmed is not None:
         return part(matrix.programmed, load(of.programmed, b), rows, n, shape)
-    clean, noise = matrix.clean, matrix.chip.noise
+    clean, noise = matrix.clean, matrix.noise
     assert clean is not None and noise is not None and shape.device is not None
     size, index, chip = (shape.sizes.chunk, shape.columns), load(of.clean, b), load(of.chip, b)
 

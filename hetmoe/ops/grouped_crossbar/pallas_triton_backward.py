@@ -80,13 +80,15 @@ def _inputs_instance(
     def write(result: Array) -> None:
         plgpu.store(out.at[b, :, rows], result.astype(out.dtype))
 
-    @pl.when(mode == ANALOG)
-    def _analog() -> None:
-        dx = total(lambda index, n: weights_chunk(of, matrices[index], shape, b, n, t, c, rows))
-        if options.dac_bits is not None and of.input_range is not None:
-            inside = kernel_math.passes_dac(load(x, b, slice(None), rows), load(of.input_range, b, t))
-            dx = jnp.where(inside, dx, 0.0)
-        write(dx)
+    if matrices[0].chip is not None:
+
+        @pl.when(mode == ANALOG)
+        def _analog() -> None:
+            dx = total(lambda index, n: weights_chunk(of, matrices[index], shape, b, n, t, c, rows))
+            if options.dac_bits is not None and of.input_range is not None:
+                inside = kernel_math.passes_dac(load(x, b, slice(None), rows), load(of.input_range, b, t))
+                dx = jnp.where(inside, dx, 0.0)
+            write(dx)
 
     clean = [matrix.clean.w for matrix in matrices if matrix.clean is not None]
     if clean:

@@ -1,34 +1,34 @@
-"""Grouped matmul in plain XLA: one dense matmul per block of tokens that share an expert."""
+"""Grouped matmul in plain XLA: token blocks times the weights of the expert that each block belongs to."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float, Int
 
-from hetmoe.ops.narrow import take
+from hetmoe.ops.grouped_matmul import by_block, ragged
 
 
 @jax.custom_vjp
-def grouped_matmul(x: Array, w: Array, block_expert: Array, used: Array | None) -> Array:
-    """`x[blocks, block, K]` times each block's expert of `w[experts, K, N]`; returns float32 [blocks, block, N].
+def grouped_matmul(
+    x: Float[Array, "blocks block K"],
+    w: Float[Array, "experts K N"],
+    block_expert: Int[Array, "blocks"],
+    used: Bool[Array, "blocks"] | None,
+) -> Float[Array, "blocks block N"]:
+    """Every block times the weights of its expert; float32.
 
-    Weights are read in the dtype of `x`. A `lax.map` over blocks: on CPU `lax.ragged_dot` is far slower. Blocks where
-    `used` (bool [blocks]; None = all) is False are not multiplied: their results are zero.
+    Weights are read in the dtype of `x`. On TPU this is `jax.lax.ragged_dot`, elsewhere a loop over blocks: there
+    `ragged_dot` becomes the products of every row with every expert's weights (on CPU by jax, on NVIDIA GPU by XLA of
+    jaxlib 0.10; https://github.com/openxla/xla/pull/40189).
+
+    Args:
+        x: token blocks (`hetmoe.ops.dispatch`).
+        w: weights.
+        block_expert: expert of each block, in ascending order.
+        used: False for blocks that need not be multiplied, whose results are zero; None = all are used.
     """
-
-    def one(block: tuple[Array, Array, Array | None]) -> Array:
-        rows, expert, is_used = block
-        if is_used is None:
-            return product(rows, expert)
-        # There are as many blocks as the worst load needs. (Under vmap both branches run, and one is chosen.)
-        nothing = jnp.zeros((rows.shape[0], w.shape[2]), jnp.float32)
-        return jax.lax.cond(is_used, product, lambda *_: nothing, rows, expert)
-
-    def product(rows: Array, expert: Array) -> Array:
-        # HIGHEST: float32 operands are otherwise cut to TF32 or bfloat16 on GPU and TPU.
-        weights = take(w, expert).astype(rows.dtype)
-        return jnp.matmul(rows, weights, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
-
-    return jax.lax.map(one, (x, block_expert, used))
+    return jax.lax.platform_dependent(x, w, block_expert, used, tpu=ragged.products, default=by_block.products)
 
 
 Residuals = tuple[Array, Array, Array, Array | None]
@@ -44,9 +44,11 @@ def _bwd(residuals: Residuals, grad: Array) -> tuple[Array, Array, None, None]:
     x, w, block_expert, used = residuals
     if used is not None:
         grad = jnp.where(used[:, None, None], grad, 0)
-    dx = grouped_matmul(grad.astype(x.dtype), w.swapaxes(1, 2), block_expert, used)
-    per_block = jnp.einsum("bmk,bmn->bkn", x, grad.astype(x.dtype), preferred_element_type=jnp.float32)
-    dw = jax.ops.segment_sum(per_block, block_expert, num_segments=w.shape[0], indices_are_sorted=True)
+    grad = grad.astype(x.dtype)
+    dx = grouped_matmul(grad, w.swapaxes(1, 2), block_expert, used)
+    ways = {"tpu": ragged.weights_gradient, "default": by_block.weights_gradient}
+    branches = {name: functools.partial(way, experts=w.shape[0]) for name, way in ways.items()}
+    dw = jax.lax.platform_dependent(x, grad, block_expert, **branches)
     return dx.astype(x.dtype), dw.astype(w.dtype), None, None
 
 
