@@ -18,6 +18,7 @@ from hetmoe.cli_options import (
     DEVICE,
     DOWN_AXIS,
     DTYPE,
+    IMPLEMENTATION,
     INPUT_RANGE,
     JSON_FILE,
     MODEL,
@@ -201,9 +202,7 @@ def eval(  # noqa: A001
     weights: Annotated[
         str, typer.Option(help="When crossbars are programmed: stored, layer or kernel (same numbers, less memory).")
     ] = "stored",
-    implementation: Annotated[
-        str | None, typer.Option(help="Of analog products: xla (default), pallas (TPU, NVIDIA GPU).")
-    ] = None,
+    implementation: IMPLEMENTATION = "xla",
     input_range: INPUT_RANGE = "ema_std",
     range_k: RANGE_K = 12.0,
     adc_bound: ADC_BOUND = None,
@@ -311,6 +310,7 @@ def tasks(
     text: Annotated[Path | None, typer.Option(help="Text to calibrate on; default: the embedded one.")] = None,
     seq: Annotated[int, typer.Option(help="Tokens per window of that text.")] = 256,
     batch_tokens: Annotated[int, typer.Option(help="Tokens run at once, padding included.")] = 4096,
+    implementation: IMPLEMENTATION = "xla",
     input_range: INPUT_RANGE = "ema_std",
     range_k: RANGE_K = 12.0,
     adc_bound: ADC_BOUND = None,
@@ -333,7 +333,7 @@ def tasks(
             placement=placement, device=device, noise_scale=noise_scale, time_s=time,
             drift_compensation=drift_compensation, read_noise=read_noise, read_noise_kind=read_noise_kind,
             seeds=seeds, seed=seed, data=data, limit=limit, num_fewshot=num_fewshot, text=text, seq=seq,
-            batch_tokens=batch_tokens, input_range=input_range, range_k=range_k,
+            batch_tokens=batch_tokens, implementation=implementation, input_range=input_range, range_k=range_k,
             adc_bound=_adc_bound(adc_bound, input_range, calibration),
             bound_axis=bound_axis, dac_bits=dac_bits or None, adc_bits=adc_bits or None, tile_rows=tile_rows,
             calibration_file=calibration,

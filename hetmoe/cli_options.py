@@ -42,6 +42,9 @@ TILE_ROWS = Annotated[int, typer.Option(help="Rows of a crossbar tile.")]
 CALIBRATION = Annotated[
     Path | None, typer.Option(help="Input ranges and lambda made by 'hetmoe calibrate', instead of from text.")
 ]
+IMPLEMENTATION = Annotated[
+    str, typer.Option(help="Of products of experts and crossbars: xla, or pallas (TPU, NVIDIA GPU).")
+]
 SEEDS = Annotated[int, typer.Option(help="Noise seeds.")]
 SEED = Annotated[int, typer.Option(help="Base seed.")]
 RUN_DTYPE = Annotated[str, typer.Option(help="float32, bfloat16 or float16 for weights and activations.")]

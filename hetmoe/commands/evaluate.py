@@ -17,6 +17,7 @@ from hetmoe.commands.hardware import HardwareOptions
 from hetmoe.commands.progress import show_progress
 from hetmoe.commands.tables import Difference, difference_tables, differences, metric_tables
 from hetmoe.errors import InputError
+from hetmoe.evaluate.execution import check_execution
 from hetmoe.evaluate.noise_sweep import (
     Placement,
     Point,
@@ -29,10 +30,8 @@ from hetmoe.evaluate.plot import plot_sweep
 from hetmoe.evaluate.prepare import noise_keys, prepare_text
 from hetmoe.evaluate.provenance import provenance
 from hetmoe.evaluate.rules import Scorer, scoring_scale
-from hetmoe.evaluate.run import WEIGHTS
 from hetmoe.files import check_writable, write_bytes
 from hetmoe.models.model import Model, model_fingerprint
-from hetmoe.ops.grouped_crossbar.api import IMPLEMENTATIONS
 from hetmoe.placement.parameters import digital_parameters
 from hetmoe.placement.plan import all_analog, digital_count, experts_analog
 from hetmoe.placement.plan_file import load_plan
@@ -49,7 +48,7 @@ class EvalRequest(HardwareOptions):
     plans: list[Path]
     noise_scales: list[float]
     weights: str
-    implementation: str | None
+    implementation: str
     seeds: int
     seed: int
     text: Path | None
@@ -79,22 +78,12 @@ class EvalRequest(HardwareOptions):
             raise InputError("--noise-scale and --digital may each name a value only once")
         if len({path.stem for path in self.plans}) != len(self.plans):
             raise InputError("--plan may name each plan only once; results are listed by file name")
-        self._check_execution()
+        check_execution("--", self.weights, self.implementation, read_noise=self.read_noise != 0)
         self.check_hardware(self.noise_scales)
         parse_dtype(self.dtype)
         for path in (self.json_file, self.plot):
             if path is not None:
                 check_writable(path)
-
-    def _check_execution(self) -> None:
-        if self.implementation == "pallas" and jax.default_backend() == "cpu":  # else known after minutes of scoring
-            raise InputError("--implementation pallas runs on TPU and NVIDIA GPU, this is a CPU: leave it out")
-        if self.weights not in WEIGHTS:
-            raise InputError(f"--weights {self.weights!r} is unknown: use {', '.join(WEIGHTS)}")
-        if self.implementation is not None and self.implementation not in IMPLEMENTATIONS:
-            raise InputError(f"--implementation {self.implementation!r} is unknown: use {', '.join(IMPLEMENTATIONS)}")
-        if self.implementation not in (None, "xla") and self.read_noise != 0:
-            raise InputError(f"--implementation {self.implementation} has no read noise: leave out one of them")
 
 
 def run(request: EvalRequest) -> None:
@@ -125,7 +114,7 @@ def run(request: EvalRequest) -> None:
     for placement in saved:
         share, of = digital_parameters(placement.plans[0], model.config)
         console.print(f"{placement.name}: {share / of:.1%} of the parameters that could be on crossbars are digital")
-    digital = digital_point(model, batches, size)
+    digital = digital_point(model, batches, size, request.implementation)
     points = _sweep(request, model, calibration, placements, keys, batches, size, console)
     seconds = time.perf_counter() - started
 

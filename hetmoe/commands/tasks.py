@@ -21,6 +21,7 @@ from hetmoe.checkpoint.load import load_model, parse_dtype
 from hetmoe.commands.common import choose_text, make_console, write_json
 from hetmoe.commands.hardware import HardwareOptions
 from hetmoe.errors import InputError, Interrupted
+from hetmoe.evaluate.execution import check_execution
 from hetmoe.evaluate.noise_sweep import Placement
 from hetmoe.evaluate.prepare import WINDOWS_TO_CALIBRATE, noise_keys
 from hetmoe.evaluate.provenance import provenance
@@ -58,6 +59,7 @@ class TasksRequest(HardwareOptions):
     text: Path | None
     seq: int
     batch_tokens: int
+    implementation: str
     down_axis: str
     dtype: str
     output: Path
@@ -84,6 +86,7 @@ class TasksRequest(HardwareOptions):
         if len(set(self.tasks)) != len(self.tasks):
             raise InputError("--task may name a task only once")
         self.check_hardware([self.noise_scale])
+        check_execution("--", "stored", self.implementation, read_noise=self.read_noise != 0)
         parse_dtype(self.dtype)
         if self.data is not None and not self.data.is_dir():
             raise InputError(f"--data {self.data}: no such directory")
@@ -173,6 +176,7 @@ def _settings(request: TasksRequest, model: Model, placement: Placement, files: 
         "num_fewshot": request.num_fewshot,
         "limit": request.limit,
         "batch_tokens": request.batch_tokens,
+        "implementation": request.implementation,
         "lm_eval": metadata.version("lm_eval"),
     }
 
@@ -218,7 +222,10 @@ def _run_with_progress(
                 kept = "" if fresh else " (from an earlier run)"
                 console.print(f"{chip} {task}: acc {metrics['acc']:.2%} of {metrics['questions']:,}{kept}")
 
-        return run_tasks(model, tasks, analog, store, tokens_per_batch=request.batch_tokens, progress=advance)
+        return run_tasks(
+            model, tasks, analog, store, tokens_per_batch=request.batch_tokens, implementation=request.implementation,
+            progress=advance,
+        )  # fmt: skip
 
 
 def _table(lines: list[Line], averages: list[Line], title: str, chips: int) -> Table:

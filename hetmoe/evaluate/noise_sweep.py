@@ -95,9 +95,9 @@ def make_point(name: str, scale: float, totals: Totals, size: TextSize, *, deter
     )
 
 
-def digital_point(model: Model, batches: Batches, size: TextSize) -> Point:
-    """The model without any analog part: what all others are compared with."""
-    totals = evaluate_digital(model.params, batches, model.config)
+def digital_point(model: Model, batches: Batches, size: TextSize, implementation: str | None = None) -> Point:
+    """The model without any analog part: what all others are compared with; `implementation` as in `forward`."""
+    totals = evaluate_digital(model.params, batches, model.config, implementation)
     return make_point("all digital", 0.0, totals, size, deterministic=True)
 
 
@@ -133,7 +133,7 @@ def noise_sweep(
             times as well as XLA's own threads do with one; results do not depend on it.
         progress: called with the number of finished (placement, scale, seed) evaluations, after each compiled call.
         weights: when they are programmed, as in `evaluate_seeds`.
-        implementation: of analog products, as in `forward`.
+        implementation: as in `forward`.
 
     Raises:
         InputError: for placements of another model, a placement with neither one plan nor one per seed, or a

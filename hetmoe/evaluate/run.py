@@ -19,7 +19,6 @@ from hetmoe.models.params import Params
 from hetmoe.models.transformer import head_logits, hidden_states
 from hetmoe.placement.plan import Plan
 
-WEIGHTS = ("stored", "layer", "kernel")  # when they are programmed: see `seeded_weights`
 READ_STREAM = 0x7EAD  # folded into a seed's key for read noise; far from any layer number, which programming folds in
 
 
@@ -88,16 +87,14 @@ def answer_credit(log_probs: Float[Array, "*batch choices"]) -> Float[Array, "*b
     return best[..., 0].astype(jnp.float32) / jnp.sum(best.astype(jnp.float32), axis=-1)
 
 
-NO_ANALOG: dict[str, Any] = {
-    "plan": None, "spec": None, "programmed": None, "calibration": None, "read_key": None,
-    "implementation": None,
-}  # fmt: skip
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def evaluate_digital(params: Params, batches: Batches, config: ModelConfig) -> Totals:
-    """Totals of the digital model."""
-    per_batch = jax.lax.map(lambda batch: _score_batch(params, batch, config, NO_ANALOG), batches)
+@functools.partial(jax.jit, static_argnames=("config", "implementation"))
+def evaluate_digital(
+    params: Params, batches: Batches, config: ModelConfig, implementation: str | None = None
+) -> Totals:
+    """Totals of the digital model; `implementation` as in `forward`, static."""
+    nothing = dict.fromkeys(("plan", "spec", "programmed", "calibration", "read_key"))
+    digital = {**nothing, "implementation": implementation}
+    per_batch = jax.lax.map(lambda batch: _score_batch(params, batch, config, digital), batches)
     return jax.tree.map(jnp.sum, per_batch)
 
 
@@ -129,7 +126,7 @@ def evaluate_seeds(
         batches: text.
         config: static.
         weights: `"stored"` (programmed once for all text), `"layer"` or `"kernel"` (`seeded_weights`); static.
-        implementation: of analog products, as in `forward`; static.
+        implementation: as in `forward`; static.
     """
     dense = plans.switches_dense
 

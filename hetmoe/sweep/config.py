@@ -12,6 +12,7 @@ from hetmoe.analog.spec import AnalogSpec, analog_spec
 from hetmoe.checkpoint.load import parse_dtype
 from hetmoe.errors import InputError
 from hetmoe.evaluate.calibration_file import stored_adc_bound
+from hetmoe.evaluate.execution import check_execution
 from hetmoe.evaluate.prepare import DEFAULT_TOKENS
 from hetmoe.evaluate.rules import scoring_scale
 from hetmoe.placement.plan import PLACEMENTS, digital_count
@@ -73,6 +74,14 @@ class HardwareConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ExecutionConfig:
+    """Table `[execution]`, named as there."""
+
+    weights: str
+    implementation: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SweepConfig:
     """A checked CONFIG."""
 
@@ -82,6 +91,7 @@ class SweepConfig:
     text: TextConfig
     grid: GridConfig
     hardware: HardwareConfig
+    execution: ExecutionConfig
 
     def text_files(self) -> list[Path]:
         """The text files, relative to CONFIG; none = the embedded held-out text."""
@@ -133,6 +143,7 @@ def read_config(path: Path) -> SweepConfig:
         text=_text(top.table("text")),
         grid=_grid(top.table("grid", required=True)),
         hardware=_hardware(top.table("hardware"), path),
+        execution=_execution(top.table("execution")),
     )
     top.finish()
     try:
@@ -195,6 +206,14 @@ def _hardware(table: TomlTable, path: Path) -> HardwareConfig:
     return config
 
 
+def _execution(table: TomlTable) -> ExecutionConfig:
+    config = ExecutionConfig(
+        weights=table.text("weights", "stored"), implementation=table.text("implementation", "xla")
+    )
+    table.finish()
+    return config
+
+
 def _check(config: SweepConfig) -> None:
     """Raises InputError for values that need neither model nor text to be seen wrong."""
     grid, hardware = config.grid, config.hardware
@@ -215,6 +234,8 @@ def _check(config: SweepConfig) -> None:
     parse_dtype(config.dtype)
     check_down_axis(hardware.down_axis)
     hardware.range_method()
+    execution = config.execution
+    check_execution("[execution] ", execution.weights, execution.implementation, read_noise=False)
     for device in grid.devices:
         config.spec(device, grid.scoring_scale, None, grid.bits[0])
     for hardware_of_point in itertools.product(grid.devices, grid.noise_scales, grid.times, grid.bits):

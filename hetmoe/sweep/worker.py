@@ -81,12 +81,15 @@ def evaluate_group(setup: Setup, points: Sequence[SweepPoint]) -> list[Measureme
 def _totals(setup: Setup, point: SweepPoint, plans: list[Plan]) -> Totals:
     """Totals `[plans]` on the hardware of `point`."""
     params, batches, config = setup.model.params, setup.text.batches, setup.model.config
+    execution = setup.config.execution
     if point.placement == ALL_DIGITAL:
-        return jax.tree.map(np.atleast_1d, evaluate_digital(params, batches, config))
+        return jax.tree.map(np.atleast_1d, evaluate_digital(params, batches, config, execution.implementation))
     spec = setup.config.spec(point.device, point.noise_scale, point.time_s, point.bits)
     key = setup.noise_keys[point.seed_index : point.seed_index + 1]
     stacked = stack_plans([stack_plans(plans)])
-    totals = evaluate_seeds(params, key, stacked, spec, setup.calibration, batches, config)
+    totals = evaluate_seeds(
+        params, key, stacked, spec, setup.calibration, batches, config, execution.weights, execution.implementation
+    )
     return jax.tree.map(lambda sums: np.asarray(sums)[0], totals)
 
 

@@ -61,7 +61,8 @@ def alone(config: ModelConfig, name: str, index: tuple[int, ...]) -> Plan:
     return Plan(**{n: jnp.asarray(f) for n, f in flags.items()})
 
 
-@pytest.mark.parametrize("name", CASES)
+# The second compiles for a minute of two cores; it last ran, and passed, on 2026-11-23.
+@pytest.mark.parametrize("name", ["full", pytest.param("time_tied", marks=pytest.mark.slow)])
 def test_same_as_evaluating_one_module_at_a_time(name: str) -> None:
     config, spec, calibrated = CASES[name]
     model, batches = made(config)

@@ -4,6 +4,7 @@ import itertools
 import string
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,12 +36,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_config(folder: Path, tmp_path: Path) -> Callable[..., Path]:
     """Writes a CONFIG; keyword arguments replace keys of [grid] (None leaves one out)."""
 
-    def write(name: str = "s.toml", *, head: str = "", hardware: str = "", text: str = "", **grid: str | None) -> Path:
+    def write(
+        name: str = "s.toml", *, head: str = "", hardware: str = "", text: str = "", execution: str = "", **grid: Any
+    ) -> Path:
         lines = [f"{key} = {value}" for key, value in (SMALL | grid).items() if value is not None]
         path = tmp_path / name
         path.write_text(
             f'model = "{folder / "model"}"\n{head}\n[text]\nfiles = ["{folder / "text.txt"}"]\ntokens = 64\nseq = 8\n'
             f"batch = 4\n{text}\n[grid]\n" + "\n".join(lines) + f"\n[hardware]\n{hardware}\n"
+            f"[execution]\n{execution}\n"
         )
         return path
 

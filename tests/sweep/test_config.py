@@ -29,6 +29,7 @@ def test_defaults_are_filled_in(tmp_path: Path) -> None:
             "tile_rows": 512,
             "drift_compensation": False, "down_axis": "hidden",
         },
+        "execution": {"weights": "stored", "implementation": "xla"},
     }  # fmt: skip
     path.write_text(path.read_text() + '[hardware]\ninput_range = "dynamic"\n')
     assert read_config(path).hardware.adc_bound == 12
@@ -44,7 +45,11 @@ def test_the_scale_of_scoring_is_the_largest_unless_it_is_given(write_config: Wr
 
 
 BAD = [
-    ({"head": "modle = 1"}, "unknown key 'modle'; valid are model, dtype, text, grid, hardware"),
+    ({"head": "modle = 1"}, "unknown key 'modle'; valid are model, dtype, text, grid, hardware, execution"),
+    ({"execution": "jobs = 2"}, "[execution] unknown key 'jobs'; valid are weights, implementation"),
+    ({"execution": 'weights = "lazy"'}, "[execution] weights 'lazy' is unknown: use stored, layer, kernel"),
+    ({"execution": 'implementation = "fast"'}, "[execution] implementation 'fast' is unknown: use xla, pallas"),
+    ({"execution": 'implementation = "pallas"'}, "[execution] implementation pallas runs on TPU and NVIDIA GPU"),
     ({"head": 'dtype = "int8"'}, "dtype 'int8' is unknown"),
     ({"text": "window = 2"}, "[text] unknown key 'window'; valid are files, tokens, seq, batch"),
     ({"text": "tokens = 7"}, "Cannot overwrite"),

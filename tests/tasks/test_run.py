@@ -80,7 +80,9 @@ def go(
         patch.setattr(run, "score_requests", score)
         patch.setattr(run, "_chip", chip)
         try:
-            results = run_tasks(tiny, tasks, analog, store, tokens_per_batch=64, progress=lambda *_: None)
+            results = run_tasks(
+                tiny, tasks, analog, store, tokens_per_batch=64, implementation="xla", progress=lambda *_: None
+            )
         except KeyboardInterrupt:
             results = None
     return results, len(scored), len(programmed)

@@ -101,6 +101,22 @@ def test_read_noise_differs_by_chip_only(tiny: Model, requests: list[Request]) -
     assert runs[0] == runs[1] and runs[0] != runs[2]
 
 
+def test_implementation_changes_rounding_only(tiny: Model, requests: list[Request]) -> None:
+    """Digital and on a chip; ideal converters, since a code could move with the last bit."""
+    spec = hetmoe.analog_spec("additive", dac_bits=None, adc_bits=None)
+    plan = hetmoe.place(jnp.arange(4.0)[None], 0.5)
+    programmed = hetmoe.program(jax.random.key(0), tiny.params, spec, dense=False)
+    for analog in ({}, {"plan": plan, "spec": spec, "programmed": programmed}):
+        found, wanted = (
+            score_requests(tiny, requests[:3], Chip(**analog, implementation=name), 300)
+            for name in ("interpret_cuda", None)
+        )
+        for score_by_kernel, score_by_xla in zip(found, wanted, strict=True):
+            assert score_by_kernel.log_prob == pytest.approx(score_by_xla.log_prob, rel=1e-5, abs=1e-4)
+    with pytest.raises(NotImplementedError, match="'fast' does not exist"):
+        score_requests(tiny, requests[:1], Chip(implementation="fast"), 300)
+
+
 def test_nan_gives_no_number(tiny: Model) -> None:
     broken = tiny.replace(params=tiny.params.replace(final_norm=tiny.params.final_norm * jnp.nan))
     with pytest.raises(InputError, match="log-likelihood of a continuation is nan"):

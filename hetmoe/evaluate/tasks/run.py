@@ -71,7 +71,7 @@ def _program(key: jax.Array, params: Params, spec: AnalogSpec, dense: bool) -> P
     return program(key, params, spec, dense=dense)
 
 
-def _chip(model: Model, analog: Analog, seed: int) -> Chip:
+def _chip(model: Model, analog: Analog, seed: int, implementation: str) -> Chip:
     plan, key = _plan(analog, seed), analog.keys[seed]
     return Chip(
         plan=plan,
@@ -79,6 +79,7 @@ def _chip(model: Model, analog: Analog, seed: int) -> Chip:
         programmed=_program(key, model.params, analog.spec, plan.switches_dense),
         calibration=analog.calibration,
         read_key=None if analog.spec.read_noise is None else jax.random.fold_in(key, READ_STREAM),
+        implementation=implementation,
     )
 
 
@@ -107,6 +108,7 @@ def run_tasks(
     store: Store,
     *,
     tokens_per_batch: int,
+    implementation: str,
     progress: Callable[[str, str, Metrics, bool], Any],
 ) -> dict[str, list[Metrics]]:
     """Metrics of every task under `digital` (one) and under `analog` (one per chip).
@@ -120,6 +122,7 @@ def run_tasks(
         analog: spec, placement and seeds.
         store: open.
         tokens_per_batch: tokens run at once, padding included.
+        implementation: as in `hetmoe.forward`.
         progress: called with (chip, task, metrics, whether just computed) for every result.
 
     Returns:
@@ -136,7 +139,8 @@ def run_tasks(
             if metrics is None:
                 started = time.perf_counter()
                 if chip is None:
-                    chip = Chip() if seed is None else _chip(model, analog, seed)
+                    digital = Chip(implementation=implementation)
+                    chip = digital if seed is None else _chip(model, analog, seed, implementation)
                 metrics = task.metrics(score_requests(model, task.requests, chip, tokens_per_batch))
                 seconds = time.perf_counter() - started
                 store.write(task.name, name, _identity(task, analog, seed), metrics, seconds)

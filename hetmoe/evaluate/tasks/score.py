@@ -25,13 +25,14 @@ from hetmoe.placement.plan import Plan
 
 @struct.dataclass
 class Chip:
-    """The analog arguments of `hetmoe.forward`; all None is the digital model. Every field is traced."""
+    """The analog arguments of `hetmoe.forward`; all None is the digital model. All but the last are traced."""
 
     plan: Plan | None = None
     spec: AnalogSpec | None = None
     programmed: ProgrammedWeights | None = None
     calibration: Calibration | None = None
     read_key: jax.Array | None = None
+    implementation: str | None = struct.field(pytree_node=False, default=None)
 
 
 class Score(NamedTuple):
@@ -68,6 +69,7 @@ def score_batch(
     analog: dict[str, Any] = {
         "plan": chip.plan, "spec": chip.spec, "programmed": chip.programmed, "calibration": chip.calibration,
         "read_key": None if chip.read_key is None else jax.random.fold_in(chip.read_key, batch),
+        "implementation": chip.implementation,
     }  # fmt: skip
     hidden, _, _ = hidden_states(params, tokens, config, **analog)
     rows, length, width = hidden.shape
