@@ -5,12 +5,15 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 import hetmoe
 from hetmoe.checkpoint.load import model_directory
+from hetmoe.commands import evaluate
+from hetmoe.errors import InputError
 
 Run = Callable[..., tuple[int, str, str]]
 SMALL = ("--tokens", "512", "--seq", "64", "--seeds", "2", "--batch", "4")
@@ -149,6 +152,15 @@ def test_bad_input_of_eval(run: Run, tmp_path: Path, arguments: tuple[str, ...],
     assert code == 2 and message in err, err
     assert len(err.strip().splitlines()) == 1 and "Traceback" not in out + err
     assert not target.parent.exists()  # not even the folder
+
+
+def test_the_digital_line_is_computed_like_the_others(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*arguments: Any) -> None:
+        raise InputError(f"digital by {arguments[3]}")
+
+    monkeypatch.setattr(evaluate, "digital_point", stop)
+    _, _, err = run("eval", "reference", *SMALL, "--implementation", "interpret_cuda")
+    assert "digital by interpret_cuda" in err
 
 
 def test_bad_models_texts_and_plans(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,6 +98,8 @@ def test_random_placement_is_drawn_anew_for_each_seed(tiny: Model) -> None:
 def test_digital_point_is_the_digital_model(tiny: Model, batches: Batches) -> None:
     point = digital_point(tiny, batches, SIZE)
     assert point.deterministic and len(point.perplexity) == 1 and 0 < point.accuracy[0] < 1
+    with pytest.raises(NotImplementedError, match="'fast' does not exist"):
+        digital_point(tiny, batches, SIZE, "fast")
 
 
 def test_plans_that_do_not_fit_are_refused(tiny: Model, batches: Batches) -> None:
