@@ -34,7 +34,8 @@ from hetmoe.checkpoint.load import model_directory
 from hetmoe.evaluate.provenance import provenance
 from hetmoe.models.abstract import init_params
 from hetmoe.models.model import Model
-from hetmoe.ops.dispatch import dispatch, to_blocks
+from hetmoe.ops.dispatch import choose_block_size, dispatch, from_blocks, to_blocks
+from hetmoe.ops.grouped_matmul.feed_forward import grouped_feed_forward, matrix_by_matrix
 from hetmoe.ops.grouped_matmul.xla import grouped_matmul
 
 ROWS, INPUTS, OUTPUTS, SEEDS = 512, 2048, 1024, 8
@@ -137,6 +138,34 @@ def block_size_commands() -> Commands:
     return commands
 
 
+def experts_commands() -> Commands:
+    """The experts of one layer of `proportions`, and the plain matmul of as many products."""
+    tokens, experts, copies, width = 2048, 16, 4, 512
+    x = jax.random.normal(jax.random.key(0), (tokens, width))
+    gate, up, down = jax.random.normal(jax.random.key(1), (3, experts, width, width)) * width**-0.5
+    chosen = jax.vmap(lambda key: jax.random.permutation(key, experts)[:copies])(
+        jax.random.split(jax.random.key(2), tokens)
+    )
+    size = choose_block_size(chosen.size, experts)
+
+    def run(network: Callable[..., jax.Array]) -> Callable[[], float]:
+        @jax.jit
+        def experts_of(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, chosen: jax.Array) -> jax.Array:
+            plan = dispatch(chosen, experts, size)
+            used = (plan.slot_token < tokens).reshape(-1, size).any(axis=1)
+            y = network(to_blocks(x, plan), gate, up, down, plan.block_expert, used)
+            return from_blocks(y, plan).sum(axis=1)
+
+        return timed(experts_of, x, gate, up, down, chosen)
+
+    rows, wide = jnp.tile(x, (copies, 1)), jnp.concatenate([gate[0], up[0], down[0]], axis=1)
+    return {
+        "plain matmul": timed(jax.jit(jnp.matmul), rows, wide),
+        "block by block": run(grouped_feed_forward),
+        "matrix by matrix": run(matrix_by_matrix),
+    }
+
+
 @contextlib.contextmanager
 def peer(python: Path | None, what: str, *options: str, **environment: str) -> Generator[Callable[[str], float] | None]:
     """A running `bench_peers.py`, as a function from a command's name to its seconds; None without a peer."""
@@ -226,6 +255,9 @@ def main(
     results["blocks"] = measure(block_size_commands(), None, [], rounds)
     show(console, "dispatch and grouped matmul, 4096 tokens, top-2 of 32 experts, 128 x 128",
          results["blocks"], lambda _: "block 64")  # fmt: skip
+    results["experts"] = measure(experts_commands(), None, [], rounds)
+    show(console, "experts of a layer of proportions, dispatch included; as many products in one matmul",
+         results["experts"], lambda _: "plain matmul")  # fmt: skip
     if output is not None:
         output.write_text(json.dumps({"provenance": provenance(), "median_s": results}, indent=1) + "\n")
 

@@ -26,6 +26,11 @@ class Probe:
     def __init__(self, observe: Observer | None) -> None:
         self._observe, self.seen = observe, dict[str, Any]()
 
+    @property
+    def sees(self) -> bool:
+        """Whether there is an observer."""
+        return self._observe is not None
+
     def grouped(self, site: str, x: Array, real: Array, group: Array) -> None:
         """Inputs of experts: blocks `[groups, rows, K]`, which rows hold a token, and whose block it is."""
         if self._observe is not None:

@@ -12,6 +12,7 @@ from hetmoe.models.routing import Routing
 from hetmoe.ops.dispatch import choose_block_size, dispatch, from_blocks, to_blocks
 from hetmoe.ops.grouped_crossbar.api import check_implementation, digital_products, expert_products
 from hetmoe.ops.grouped_crossbar.block_sizes import rows_per_block
+from hetmoe.ops.grouped_matmul.feed_forward import grouped_feed_forward
 
 
 def moe_block(
@@ -66,37 +67,37 @@ def routed_experts(
     Every token copy is multiplied once, by the clean weights of a digital expert or the programmed weights of an analog
     one; no token is dropped and no expert sees a token that was not routed to it.
     """
-    count = experts.gate.shape[0]
-    choose = choose_block_size if check_implementation(implementation) == "xla" else rows_per_block
-    block_size = choose(routing.chosen.size, count)
+    count, is_xla = experts.gate.shape[0], check_implementation(implementation) == "xla"
+    block_size = (choose_block_size if is_xla else rows_per_block)(routing.chosen.size, count)
     plan = dispatch(routing.chosen, count, block_size)
     blocks = to_blocks(x, plan)
     real = (plan.slot_token < x.shape[0]).reshape(blocks.shape[:2])  # padding slots hold no token
     used = real.any(axis=1)
-    rows = _copy_numbers(plan.token_slot, plan.slot_token.shape[0]).reshape(blocks.shape[:2])
+    analog = None if hardware is None else hardware.experts
 
     def multiply(inputs: Array, **weights: Array) -> tuple[Array, ...]:
         """By matrices that share the inputs, and their DACs."""
-        if hardware is None or hardware.experts is None:
+        if hardware is None or analog is None:
             return digital_products(
-                inputs,
-                tuple(weights.values()),
-                block_expert=plan.block_expert,
-                used=used,
+                inputs, tuple(weights.values()), block_expert=plan.block_expert, used=used,
                 implementation=implementation,
-            )
+            )  # fmt: skip
+        rows = _copy_numbers(plan.token_slot, plan.slot_token.shape[0]).reshape(blocks.shape[:2])
         return expert_products(
             inputs, tuple(weights.values()), tuple(hardware.programmed[name] for name in weights),
-            block_expert=plan.block_expert, used=used, analog=hardware.experts,
+            block_expert=plan.block_expert, used=used, analog=analog,
             input_range=hardware.input_range(next(iter(weights))), spec=hardware.spec,
             read=tuple(hardware.read(name, rows) for name in weights), implementation=implementation,
         )  # fmt: skip
 
-    probe.grouped("experts_in", blocks, real, plan.block_expert)
-    gate, up = multiply(blocks, gate=experts.gate, up=experts.up)
-    inner = (jax.nn.silu(gate) * up).astype(x.dtype)
-    probe.grouped("experts_mid", inner, real, plan.block_expert)
-    (out,) = multiply(inner, down=experts.down)
+    if analog is None and is_xla and not probe.sees:
+        out = grouped_feed_forward(blocks, experts.gate, experts.up, experts.down, plan.block_expert, used)
+    else:
+        probe.grouped("experts_in", blocks, real, plan.block_expert)
+        gate, up = multiply(blocks, gate=experts.gate, up=experts.up)
+        inner = (jax.nn.silu(gate) * up).astype(x.dtype)
+        probe.grouped("experts_mid", inner, real, plan.block_expert)
+        (out,) = multiply(inner, down=experts.down)
     return jnp.einsum("tkh,tk->th", from_blocks(out, plan), routing.weights).astype(x.dtype)
 
 

@@ -16,7 +16,11 @@ def dots(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
         elif _is_platform_choice(jaxpr, equation):
             yield from dots(equation.params["branches"][-1].jaxpr, times)  # the default, which runs on CPU
             continue
-        elif equation.primitive.name in ("while", "cond", "ragged_dot", "ragged_dot_general"):
+        elif equation.primitive.name == "cond":
+            branches = [list(dots(branch.jaxpr, times)) for branch in equation.params["branches"]]
+            yield from max(branches, key=len)  # the most that can run
+            continue
+        elif equation.primitive.name in ("while", "ragged_dot", "ragged_dot_general"):
             raise NotImplementedError(f"{equation.primitive}: its work is not known here")
         length = equation.params["length"] if equation.primitive.name == "scan" else 1
         inner = {id(sub): sub for value in equation.params.values() for sub in _jaxprs(value)}
