@@ -1,0 +1,1 @@
+"""Low-bit digital weights: allocation of bits, quantisers, packing, error bounds."""
