@@ -67,7 +67,9 @@ def _pack_plane(part: Array, bits: int, group: int) -> Array:
     per_byte = 8 // bits
     split = part.reshape(*lead, rows // group, per_byte, group // per_byte, columns)
     # The bits of a byte are disjoint: their sum is their union.
-    return jnp.sum(split << _shifts(bits, split.ndim), axis=-3, dtype=jnp.uint8).reshape(*lead, rows // per_byte, columns)
+    return jnp.sum(split << _shifts(bits, split.ndim), axis=-3, dtype=jnp.uint8).reshape(
+        *lead, rows // per_byte, columns
+    )
 
 
 def _unpack_plane(plane: Array, bits: int, group: int) -> Array:

@@ -1,0 +1,109 @@
+"""One matrix of every expert of a model, each expert at its own precision."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from hetmoe.errors import InputError
+from hetmoe.quantize.packed import Packed, dequantize_packed, take_packed
+
+
+@struct.dataclass
+class Places:
+    """Where each expert's matrix is stored."""
+
+    pool: Int[Array, "*layers experts"]
+    slot: Int[Array, "*layers experts"]  # on the pool's leading axis
+
+
+@struct.dataclass
+class MixedMatrix:
+    """Matrices in pools of one precision each, in the order of layers and experts.
+
+    Pools serve all layers, so every layer may have its own number of experts at each precision; in a loop over layers
+    only `places` is cut into layers (`detach`, `attach`).
+    """
+
+    pools: tuple[Packed | Float[Array, "matrices K N"], ...]  # packed, or as they were
+    places: Places
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrices, as if they were one array."""
+        return (*self.places.pool.shape, *self.pools[0].shape[1:])
+
+    @property
+    def dtype(self) -> Any:
+        """Of the matrices that are not quantized; float32 if all are."""
+        return next((pool.dtype for pool in self.pools if not isinstance(pool, Packed)), jnp.dtype(jnp.float32))
+
+
+def make_mixed(pools: Sequence[Packed | Array], pool: np.ndarray) -> MixedMatrix:
+    """From pools and the pool of every expert `[layers, experts]`, whose matrices are stored in that order.
+
+    Raises:
+        InputError: if a pool does not hold as many matrices as there are experts in it, or all are not of one shape.
+    """
+    counts = [int(np.sum(pool == number)) for number in range(len(pools))]
+    held = [int(part.shape[0]) for part in pools]
+    if counts != held or sum(counts) != pool.size:
+        raise InputError(f"pools hold {held} matrices, and {counts} of {pool.size} experts are placed in them")
+    if len({part.shape[1:] for part in pools}) != 1:
+        raise InputError(f"matrices of one kind must have one shape, not {[part.shape[1:] for part in pools]}")
+    slot = np.zeros(pool.shape, np.int32)
+    for number in range(len(pools)):
+        slot[pool == number] = np.arange(counts[number])
+    places = Places(pool=jnp.asarray(pool, jnp.int32), slot=jnp.asarray(slot))
+    return MixedMatrix(pools=tuple(pools), places=places)
+
+
+def dense(mixed: MixedMatrix, dtype: Any) -> Float[Array, "*layers experts K N"]:
+    """All matrices in one array."""
+    parts = [dequantize_packed(pool) if isinstance(pool, Packed) else pool for pool in mixed.pools]
+    counts = np.cumsum([0] + [part.shape[0] for part in parts])
+    together = jnp.concatenate([part.astype(dtype) for part in parts])
+    return together[jnp.asarray(counts[:-1], jnp.int32)[mixed.places.pool] + mixed.places.slot]
+
+
+def expert_weights(mixed: MixedMatrix, expert: Int[Array, ""], dtype: Any) -> Float[Array, "K N"]:
+    """The matrix of one expert of a layer (`places` without layers); only the pool that holds it is read."""
+    slot = mixed.places.slot[expert]
+
+    def branch(pool: Packed | Array) -> Any:
+        if isinstance(pool, Packed):
+            return lambda slot: dequantize_packed(take_packed(pool, slot)).astype(dtype)
+        return lambda slot: pool[slot].astype(dtype)
+
+    filled = [(number, pool) for number, pool in enumerate(mixed.pools) if pool.shape[0]]
+    branches = [branch(pool) for _, pool in filled]
+    if len(branches) == 1:
+        return branches[0](slot)
+    numbers = np.zeros(len(mixed.pools), np.int32)
+    numbers[[number for number, _ in filled]] = np.arange(len(filled))
+    return jax.lax.switch(jnp.asarray(numbers)[mixed.places.pool[expert]], branches, slot)
+
+
+def _is_mixed(leaf: Any) -> bool:
+    return isinstance(leaf, MixedMatrix)
+
+
+def detach(tree: Any) -> tuple[Any, list[tuple[Any, ...]]]:
+    """A tree of layers with `Places` instead of its `MixedMatrix`es, and their pools."""
+    found = [leaf for leaf in jax.tree.leaves(tree, is_leaf=_is_mixed) if _is_mixed(leaf)]
+    places = jax.tree.map(lambda leaf: leaf.places if _is_mixed(leaf) else leaf, tree, is_leaf=_is_mixed)
+    return places, [mixed.pools for mixed in found]
+
+
+def attach(tree: Any, pools: list[tuple[Any, ...]]) -> Any:
+    """The inverse of `detach`, for any slice of its tree."""
+    rest = iter(pools)
+
+    def join(leaf: Any) -> Any:
+        return MixedMatrix(pools=next(rest), places=leaf) if isinstance(leaf, Places) else leaf
+
+    return jax.tree.map(join, tree, is_leaf=lambda leaf: isinstance(leaf, Places))
