@@ -13,6 +13,8 @@ from hetmoe.ops.dispatch import choose_block_size, dispatch, from_blocks, to_blo
 from hetmoe.ops.grouped_crossbar.api import check_implementation, digital_products, expert_products
 from hetmoe.ops.grouped_crossbar.block_sizes import rows_per_block
 from hetmoe.ops.grouped_matmul.feed_forward import grouped_feed_forward
+from hetmoe.ops.grouped_quantized.xla import quantized_feed_forward
+from hetmoe.quantize.mixed import is_mixed
 
 
 def moe_block(
@@ -91,7 +93,8 @@ def routed_experts(
         )  # fmt: skip
 
     if analog is None and is_xla and not probe.sees:
-        out = grouped_feed_forward(blocks, experts.gate, experts.up, experts.down, plan.block_expert, used)
+        network = quantized_feed_forward if is_mixed(experts.gate) else grouped_feed_forward
+        out = network(blocks, experts.gate, experts.up, experts.down, plan.block_expert, used)
     else:
         probe.grouped("experts_in", blocks, real, plan.block_expert)
         gate, up = multiply(blocks, gate=experts.gate, up=experts.up)

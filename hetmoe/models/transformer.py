@@ -24,6 +24,7 @@ from hetmoe.models.routing import Routing, route
 from hetmoe.ops import narrow
 from hetmoe.ops.grouped_crossbar.api import matrix_product
 from hetmoe.placement.plan import Plan
+from hetmoe.quantize.mixed import attach, detach, is_mixed
 
 
 class LayerResult(NamedTuple):
@@ -74,13 +75,19 @@ def scan_layers(
     `extras` and the results have one entry for the layers with experts (True) and one for those without, stacked on a
     leading axis; the result of a kind that the model lacks is None.
     """
+    layers, pools = detach(params.layers)  # quantized experts lie in pools that serve all layers
+
+    def with_pools(x: Array, scanned: tuple[Any, Any]) -> tuple[Array, Any]:
+        layer, extra = scanned
+        return step(x, (attach(layer, pools), extra))
+
     results: dict[bool, list[Any]] = {True: [], False: []}
     for moe, first, end in config.runs:
-        part: Any = (params.layers if moe else params.dense_layers, extras.get(moe))
+        part: Any = (layers if moe else params.dense_layers, extras.get(moe))
         if end - first < len(config.moe_layers if moe else config.dense_layers):
             # Only models whose kinds of layers alternate; a slice may cost a copy of these layers' weights.
             part = jax.tree.map(lambda leaf, a=first, b=end: leaf[a:b], part)
-        x, result = narrow.scan(step, x, part)
+        x, result = narrow.scan(with_pools if pools else step, x, part)
         results[moe].append(result)
     return x, {kind: _joined(runs) for kind, runs in results.items()}
 
@@ -111,7 +118,7 @@ def _check_inputs(params: Params, tokens: Array, config: ModelConfig) -> None:
     if getattr(tokens, "ndim", None) != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer) or not tokens.size:
         raise InputError("tokens must be a non-empty integer array [batch, seq]")
     expected = jax.tree.map(lambda leaf: leaf.shape, abstract_params(config), is_leaf=is_leaf)
-    if jax.tree.map(lambda leaf: leaf.shape, params) != expected:
+    if jax.tree.map(lambda leaf: leaf.shape, params, is_leaf=is_mixed) != expected:
         raise InputError("params do not have the shapes of this config: they belong to different models")
 
 

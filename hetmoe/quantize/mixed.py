@@ -10,6 +10,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from hetmoe.errors import InputError
+from hetmoe.ops.narrow import take
 from hetmoe.quantize.packed import Packed, dequantize_packed, take_packed
 
 
@@ -77,7 +78,7 @@ def expert_weights(mixed: MixedMatrix, expert: Int[Array, ""], dtype: Any) -> Fl
     def branch(pool: Packed | Array) -> Any:
         if isinstance(pool, Packed):
             return lambda slot: dequantize_packed(take_packed(pool, slot)).astype(dtype)
-        return lambda slot: pool[slot].astype(dtype)
+        return lambda slot: take(pool, slot).astype(dtype)
 
     filled = [(number, pool) for number, pool in enumerate(mixed.pools) if pool.shape[0]]
     branches = [branch(pool) for _, pool in filled]
@@ -88,14 +89,15 @@ def expert_weights(mixed: MixedMatrix, expert: Int[Array, ""], dtype: Any) -> Fl
     return jax.lax.switch(jnp.asarray(numbers)[mixed.places.pool[expert]], branches, slot)
 
 
-def _is_mixed(leaf: Any) -> bool:
+def is_mixed(leaf: Any) -> bool:
+    """Whether a leaf of a parameter tree is in several precisions."""
     return isinstance(leaf, MixedMatrix)
 
 
 def detach(tree: Any) -> tuple[Any, list[tuple[Any, ...]]]:
     """A tree of layers with `Places` instead of its `MixedMatrix`es, and their pools."""
-    found = [leaf for leaf in jax.tree.leaves(tree, is_leaf=_is_mixed) if _is_mixed(leaf)]
-    places = jax.tree.map(lambda leaf: leaf.places if _is_mixed(leaf) else leaf, tree, is_leaf=_is_mixed)
+    found = [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_mixed) if is_mixed(leaf)]
+    places = jax.tree.map(lambda leaf: leaf.places if is_mixed(leaf) else leaf, tree, is_leaf=is_mixed)
     return places, [mixed.pools for mixed in found]
 
 

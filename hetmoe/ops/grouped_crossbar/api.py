@@ -19,6 +19,8 @@ from hetmoe.ops.grouped_crossbar.packing import pad_axis, round_up
 from hetmoe.ops.grouped_crossbar.pallas import crossbar_blocks
 from hetmoe.ops.grouped_crossbar.shape import Static
 from hetmoe.ops.grouped_matmul.xla import grouped_matmul
+from hetmoe.ops.grouped_quantized.xla import quantized_products
+from hetmoe.quantize.mixed import is_mixed
 
 Read = tuple[ReadNoise, jax.Array, Array] | None
 
@@ -90,7 +92,7 @@ def expert_products(
 
 def digital_products(
     x: Float[Array, "blocks block K"],
-    weights: tuple[Float[Array, "experts K N"], ...],
+    weights: tuple[Any, ...],
     *,
     block_expert: Int[Array, "blocks"],
     used: Bool[Array, "blocks"],
@@ -100,7 +102,7 @@ def digital_products(
 
     Args:
         x: token blocks (`hetmoe.ops.dispatch`).
-        weights: of the matrices that share the rows.
+        weights: of the matrices that share the rows, `[experts, K, N]`, all arrays or all `MixedMatrix`.
         block_expert: expert of each block.
         used: False for blocks that hold only padding; their results mean nothing.
         implementation: a name of `IMPLEMENTATIONS`, or None.
@@ -109,6 +111,10 @@ def digital_products(
         NotImplementedError: if the named implementation cannot run this.
     """
     name = check_implementation(implementation)
+    if is_mixed(weights[0]):
+        if name != "xla":
+            raise NotImplementedError(f"implementation={name!r} has no kernel for quantized experts; use 'xla'")
+        return quantized_products(x, weights, block_expert, used)
     if name == "xla":
         return tuple(grouped_matmul(x, w, block_expert, used) for w in weights)
     none_analog = jnp.zeros((weights[0].shape[0],), bool)
