@@ -1,6 +1,6 @@
 """From weights and a key to what the crossbars really hold."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from hetmoe.errors import InputError
 from hetmoe.models.matrices import Matrix, crossbar_matrices
 from hetmoe.models.params import DenseLayer, Layer, Params
 from hetmoe.ops.narrow import take
+from hetmoe.quantize.mixed import MixedMatrix, Places, is_mixed, unquantized
 
 DRAWN_AT_ONCE = 2**22  # weights: enough for every core or multiprocessor
 Programming = Literal["layer", "kernel"]
@@ -24,7 +25,7 @@ Programming = Literal["layer", "kernel"]
 class ProgrammedMatrix:
     """Weights as programmed, noise and drift included, and the maxima that their ADCs use."""
 
-    w: Float[Array, "*stack K N"]
+    w: Any  # [*stack, K, N]; beside quantized experts a `MixedMatrix` of those that are not
     weight_max: Float[Array, "*stack tiles columns"]  # max|w| per tile (columns = 1) or per column
 
 
@@ -156,6 +157,27 @@ def realise(
     )
 
 
+def _program_mixed(key: jax.Array, name: str, mixed: MixedMatrix, spec: AnalogSpec, first: int) -> ProgrammedMatrix:
+    """Experts that are not quantized, in a pool again, as `program` would program them in a model without quantization.
+
+    The maxima of quantized experts are NaN.
+    """
+    pool, has_own = unquantized(mixed)
+    if pool is None:
+        raise InputError(f"all experts' {name} matrices are quantized, so there is nothing to put on crossbars")
+    count, experts = pool.shape[0], has_own.shape[-1]
+    slot = jnp.where(has_own, mixed.places.slot, count)  # `count` is none of them
+    owner = jnp.zeros((count,), jnp.int32).at[slot.reshape(-1)].set(jnp.arange(slot.size), mode="drop")
+    layer, expert = jnp.divmod(owner, experts)
+    found = jax.lax.map(
+        lambda item: _stored(matrix_key(key, name, first + item[1]), item[0], spec, item[2]), (pool, layer, expert),
+        batch_size=_at_once(*pool.shape),
+    )  # fmt: skip
+    maxima = jnp.where(has_own[..., None, None], found.weight_max[jnp.minimum(slot, count - 1)], jnp.nan)
+    places = Places(pool=jnp.zeros_like(slot), slot=jnp.minimum(slot, count - 1))
+    return ProgrammedMatrix(w=MixedMatrix(pools=(found.w,), places=places), weight_max=maxima)
+
+
 def _at_once(experts: int, rows: int, columns: int) -> int:
     """How many experts' matrices are drawn together: float32 draws of all are several times as large as the layer."""
     most = max(1, DRAWN_AT_ONCE // (rows * columns))
@@ -185,14 +207,16 @@ def program(key: jax.Array, params: Params, spec: AnalogSpec, *, dense: bool) ->
         return realise(SeededMatrix(key=matrix_key(key, name, layer)), w, spec)
 
     def stack(layers: Layer | DenseLayer, first: int) -> dict[str, ProgrammedMatrix]:
-        targets = crossbar_matrices(layers, dense=dense)
+        everything = crossbar_matrices(layers, dense=dense)
+        targets = {name: w for name, w in everything.items() if not is_mixed(w)}
+        mixed = {name: _program_mixed(key, name, w, spec, first) for name, w in everything.items() if is_mixed(w)}
         if not targets:
-            return {}
+            return mixed
 
         def one_layer(index: Array) -> dict[str, ProgrammedMatrix]:  # the draws of all would be as large again
             return {name: one(name, take(w, index), first + index) for name, w in targets.items()}
 
-        return jax.lax.map(one_layer, jnp.arange(layers.input_norm.shape[0]))
+        return jax.lax.map(one_layer, jnp.arange(layers.input_norm.shape[0])) | mixed
 
     count = params.layers.input_norm.shape[0]
     head = params.embed.T if params.lm_head is None else params.lm_head

@@ -1,6 +1,8 @@
 """Whether the analog arguments of a forward pass are complete and belong together."""
 
 import jax
+import numpy as np
+from jax.core import Tracer
 
 from hetmoe.analog.calibration import Calibration
 from hetmoe.analog.programming import ProgrammedMatrix, ProgrammedWeights, SeededWeights
@@ -13,6 +15,7 @@ from hetmoe.models.config import ModelConfig
 from hetmoe.models.matrices import MATRICES, crossbar_matrices
 from hetmoe.models.params import Params
 from hetmoe.placement.plan import Plan, check_plan
+from hetmoe.quantize.mixed import MixedMatrix, unquantized
 
 
 def check_analog(
@@ -32,10 +35,16 @@ def check_analog(
         return
     if plan is None or spec is None or programmed is None:
         raise InputError(f"the analog path needs plan, spec and programmed together; missing: {', '.join(missing)}")
+    if not isinstance(programmed, ProgrammedWeights | SeededWeights):
+        raise InputError(
+            f"programmed is a {type(programmed).__name__}: make it with program(key, ...) or seeded_weights(key, ...)"
+        )
     check_plan(plan, config)
     has_dense = programmed.dense if isinstance(programmed, SeededWeights) else programmed.lm_head is not None
     if plan.switches_dense and not has_dense:
-        raise InputError("the plan puts dense modules on crossbars, but they are not programmed: program(dense=True)")
+        raise InputError(
+            "the plan puts dense modules on crossbars, but they are not programmed: make `programmed` with dense=True"
+        )
     if isinstance(programmed, ProgrammedWeights):
         _check_shapes(config, spec, programmed)
     if calibration is not None:
@@ -44,6 +53,25 @@ def check_analog(
         raise InputError("spec.read_noise and read_key go together: give both or neither")
     if read_key is not None:
         require_key(read_key)
+
+
+def check_quantized(params: Params, plan: Plan | None) -> None:
+    """Raises InputError if a plan whose values are known puts a quantized expert on crossbars.
+
+    If they are not known (in `jax.jit`), the results of such experts are NaN.
+    """
+    gate = params.layers.moe.experts.gate
+    if plan is None or not isinstance(gate, MixedMatrix) or isinstance(plan.experts, Tracer):
+        return
+    if isinstance(gate.places.pool, Tracer):
+        return
+    wrong = np.argwhere(np.asarray(plan.experts) & ~np.asarray(unquantized(gate)[1]))
+    if len(wrong):
+        layer, expert = wrong[0].tolist()
+        raise InputError(
+            f"the plan puts {len(wrong)} quantized experts on crossbars, the first is expert {expert} of layer {layer} "
+            "(of those with experts): keep them digital, or load weights that are not quantized"
+        )
 
 
 def _check_shapes(config: ModelConfig, spec: AnalogSpec, programmed: ProgrammedWeights) -> None:

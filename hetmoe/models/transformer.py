@@ -12,7 +12,7 @@ from hetmoe.analog.programming import ProgrammedWeights, SeededWeights
 from hetmoe.analog.spec import AnalogSpec
 from hetmoe.errors import InputError
 from hetmoe.models.abstract import abstract_params, is_leaf
-from hetmoe.models.analog_arguments import check_analog
+from hetmoe.models.analog_arguments import check_analog, check_quantized
 from hetmoe.models.analog_stack import programmed_head, stacked_hardware
 from hetmoe.models.attention import attention_block, rms_norm
 from hetmoe.models.config import ModelConfig
@@ -75,19 +75,14 @@ def scan_layers(
     `extras` and the results have one entry for the layers with experts (True) and one for those without, stacked on a
     leading axis; the result of a kind that the model lacks is None.
     """
-    layers, pools = detach(params.layers)  # quantized experts lie in pools that serve all layers
-
-    def with_pools(x: Array, scanned: tuple[Any, Any]) -> tuple[Array, Any]:
-        layer, extra = scanned
-        return step(x, (attach(layer, pools), extra))
-
     results: dict[bool, list[Any]] = {True: [], False: []}
     for moe, first, end in config.runs:
-        part: Any = (layers if moe else params.dense_layers, extras.get(moe))
+        part: Any = (params.layers if moe else params.dense_layers, extras.get(moe))
+        part, pools = detach(part)  # quantized experts lie in pools that serve all layers
         if end - first < len(config.moe_layers if moe else config.dense_layers):
             # Only models whose kinds of layers alternate; a slice may cost a copy of these layers' weights.
             part = jax.tree.map(lambda leaf, a=first, b=end: leaf[a:b], part)
-        x, result = narrow.scan(with_pools if pools else step, x, part)
+        x, result = narrow.scan(lambda x, layer, pools=pools: step(x, attach(layer, pools)), x, part)
         results[moe].append(result)
     return x, {kind: _joined(runs) for kind, runs in results.items()}
 
@@ -144,6 +139,7 @@ def hidden_states(
     """
     _check_inputs(params, tokens, config)
     check_analog(config, plan, spec, programmed, calibration, read_key)
+    check_quantized(params, plan)
     hardware: dict[bool, LayerHardware] = {}
     if plan is not None and spec is not None and programmed is not None:
         hardware = stacked_hardware(params, config, plan, spec, programmed, calibration, read_key, implementation)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from hetmoe.errors import InputError
 from hetmoe.ops.narrow import take
@@ -48,8 +48,11 @@ def make_mixed(pools: Sequence[Packed | Array], pool: np.ndarray) -> MixedMatrix
     """From pools and the pool of every expert `[layers, experts]`, whose matrices are stored in that order.
 
     Raises:
-        InputError: if a pool does not hold as many matrices as there are experts in it, or all are not of one shape.
+        InputError: if a pool does not hold as many matrices as there are experts in it, if all are not of one shape,
+            or if two pools are not quantized.
     """
+    if sum(not isinstance(part, Packed) for part in pools) > 1:
+        raise InputError("two pools are not quantized: put these experts into one")
     counts = [int(np.sum(pool == number)) for number in range(len(pools))]
     held = [int(part.shape[0]) for part in pools]
     if counts != held or sum(counts) != pool.size:
@@ -61,6 +64,14 @@ def make_mixed(pools: Sequence[Packed | Array], pool: np.ndarray) -> MixedMatrix
         slot[pool == number] = np.arange(counts[number])
     places = Places(pool=jnp.asarray(pool, jnp.int32), slot=jnp.asarray(slot))
     return MixedMatrix(pools=tuple(pools), places=places)
+
+
+def unquantized(mixed: MixedMatrix) -> tuple[Array | None, Bool[Array, "*layers experts"]]:
+    """(the pool that is not quantized, or None if no expert is in it; which experts are)."""
+    for number, pool in enumerate(mixed.pools):
+        if not isinstance(pool, Packed) and pool.shape[0]:
+            return pool, mixed.places.pool == number
+    return None, jnp.zeros(mixed.places.pool.shape, bool)
 
 
 def dense(mixed: MixedMatrix, dtype: Any) -> Float[Array, "*layers experts K N"]:

@@ -105,7 +105,7 @@ def test_plan_of_another_model_is_refused() -> None:
 @pytest.mark.parametrize("given", ["attention", "lm_head"])
 def test_dense_modules_must_be_programmed(given: str) -> None:
     plan = dataclasses.replace(all_digital(CONFIG), **{given: getattr(all_analog(CONFIG), given)})
-    refused("program(dense=True)", plan=plan, programmed=without_dense(programmed(CONFIG)))
+    refused("make `programmed` with dense=True", plan=plan, programmed=without_dense(programmed(CONFIG)))
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_complete_sets_with_every_kind_of_module_are_accepted() -> None:
 @pytest.mark.parametrize("given", ["attention", "shared_experts", "dense_ffn", "lm_head"])
 def test_every_kind_of_dense_module_must_be_programmed(given: str) -> None:
     plan = dataclasses.replace(all_digital(FULL), **{given: getattr(all_analog(FULL), given)})
-    refused_full("program(dense=True)", plan=plan, programmed=without_dense(programmed(FULL)))
+    refused_full("make `programmed` with dense=True", plan=plan, programmed=without_dense(programmed(FULL)))
 
 
 @pytest.mark.parametrize("kind", ["layers", "dense_layers"])

@@ -52,6 +52,7 @@ def through_blocks(
         to_blocks(x, plan),
         w,
         plan.block_expert,
+        plan.block_expert,
         None,
         jnp.asarray(analog),
         None if ranges is None else jnp.asarray(ranges),

@@ -20,7 +20,7 @@ from hetmoe.ops.grouped_crossbar.pallas import crossbar_blocks
 from hetmoe.ops.grouped_crossbar.shape import Static
 from hetmoe.ops.grouped_matmul.xla import grouped_matmul
 from hetmoe.ops.grouped_quantized.xla import quantized_products
-from hetmoe.quantize.mixed import is_mixed
+from hetmoe.quantize.mixed import MixedMatrix, is_mixed, unquantized
 
 Read = tuple[ReadNoise, jax.Array, Array] | None
 
@@ -43,7 +43,7 @@ def check_implementation(name: str | None) -> str:
 
 def expert_products(
     x: Float[Array, "blocks block K"],
-    clean: tuple[Float[Array, "experts K N"], ...],
+    clean: tuple[Any, ...],
     analog_side: tuple[ProgrammedMatrix | SeededMatrix, ...],
     *,
     block_expert: Int[Array, "blocks"],
@@ -58,7 +58,7 @@ def expert_products(
 
     Args:
         x: token blocks (`hetmoe.ops.dispatch`).
-        clean: weights of digital experts.
+        clean: weights of digital experts, `[experts, K, N]`, all arrays or all `MixedMatrix`.
         analog_side: of analog ones.
         block_expert: expert of each block.
         used: False for blocks that hold only padding; their results mean nothing.
@@ -72,6 +72,8 @@ def expert_products(
         NotImplementedError: if the named implementation cannot run this.
     """
     name = check_implementation(implementation)
+    if is_mixed(clean[0]):
+        return _mixed_products(x, clean, analog_side, block_expert, used, analog, input_range, spec, read, name)
     if name == "xla":
         results: list[Array] = []
         for w, side, noise in zip(clean, analog_side, read, strict=True):
@@ -79,8 +81,8 @@ def expert_products(
             # Selected per expert, around one matmul: under vmap a `lax.cond` would compute both sides.
             chosen = jnp.where(analog[:, None, None], programmed.w, w)
             product = xla.grouped_crossbar(
-                x, chosen, block_expert, used, analog, input_range, spec.adc_bound, programmed.weight_max, spec.options,
-                noise,
+                x, chosen, block_expert, block_expert, used, analog, input_range, spec.adc_bound,
+                programmed.weight_max, spec.options, noise,
             )  # fmt: skip
             results.append(product)
         return tuple(results)
@@ -88,6 +90,37 @@ def expert_products(
     tables = make_tables(block_expert, used, analog, input_range, spec.adc_bound)
     matrices = tuple(make_matrix(w, side, spec) for w, side in zip(clean, analog_side, strict=True))
     return crossbar_blocks(x, tables, matrices, _static(spec, name))
+
+
+def _mixed_products(
+    x: Array,
+    clean: tuple[MixedMatrix, ...],
+    analog_side: tuple[ProgrammedMatrix | SeededMatrix, ...],
+    block_expert: Array,
+    used: Array,
+    analog: Array,
+    input_range: Array | None,
+    spec: AnalogSpec,
+    read: tuple[Read, ...],
+    name: str,
+) -> tuple[Array, ...]:
+    """As `expert_products` where digital experts may be quantized: NaN where those are on crossbars."""
+    if name != "xla":
+        raise NotImplementedError(f"implementation={name!r} has no kernel for quantized experts; use 'xla'")
+    on_crossbar = analog[block_expert]
+    digital = quantized_products(x, clean, block_expert, used & ~on_crossbar)
+    results: list[Array] = []
+    for w, side, noise, plain in zip(clean, analog_side, read, digital, strict=True):
+        if isinstance(side, SeededMatrix):
+            raise NotImplementedError("beside quantized experts, programmed weights must be stored: use program()")
+        programmed: Any = side.w
+        product = xla.grouped_crossbar(
+            x, programmed.pools[0], programmed.places.slot[block_expert], block_expert, used & on_crossbar, analog,
+            input_range, spec.adc_bound, side.weight_max, spec.options, noise,
+        )  # fmt: skip
+        product = jnp.where(unquantized(w)[1][block_expert][:, None, None], product, jnp.nan)
+        results.append(jnp.where(on_crossbar[:, None, None], product, plain))
+    return tuple(results)
 
 
 def digital_products(

@@ -12,7 +12,8 @@ from hetmoe.ops.grouped_matmul.xla import grouped_matmul
 
 def grouped_crossbar(
     x: Float[Array, "blocks block K"],
-    w: Float[Array, "experts K N"],
+    w: Float[Array, "matrices K N"],
+    stored: Int[Array, "blocks"],
     block_expert: Int[Array, "blocks"],
     used: Bool[Array, "blocks"] | None,
     analog: Bool[Array, "experts"],
@@ -27,6 +28,7 @@ def grouped_crossbar(
     Args:
         x: token blocks (`hetmoe.ops.dispatch`).
         w: the weights in force: programmed for analog experts, clean for digital ones.
+        stored: which of them each block meets, ascending.
         block_expert: expert of each block.
         used: False for blocks that hold only padding, whose results mean nothing; None = all are used.
         analog: which experts are on crossbars.
@@ -39,7 +41,7 @@ def grouped_crossbar(
 
     def matmul(inputs: Array, start: int, size: int, absolute: bool) -> Array:
         tiles = w[:, start : start + size]
-        return grouped_matmul(inputs, jnp.abs(tiles) if absolute else tiles, block_expert, used)
+        return grouped_matmul(inputs, jnp.abs(tiles) if absolute else tiles, stored, used)
 
     ranges = None if input_range is None else lambda tile: input_range[:, tile][block_expert].reshape(-1, 1, 1)
     return tiled_product(

@@ -1,0 +1,129 @@
+"""Models whose experts are quantized, analog, or neither, side by side."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hetmoe.analog.programming import program, seeded_weights
+from hetmoe.analog.spec import analog_spec
+from hetmoe.errors import InputError
+from hetmoe.models.params import Params
+from hetmoe.models.transformer import forward
+from hetmoe.placement.plan import Plan, all_analog, experts_analog
+from hetmoe.quantize.mixed import dense, is_mixed
+from tests.models.tiny import random_params, random_tokens, tiny_config
+from tests.quantize.random_quantized import random_mixed
+
+CONFIG = tiny_config(
+    hidden_size=64, expert_intermediate_size=128, num_layers=2, head_dim=16, num_experts=6, experts_per_token=2
+)
+POOL = np.array([[0, 3, 3, 1, 2, 3], [3, 2, 3, 0, 0, 1]])  # 3: not quantized
+SPEC = analog_spec("additive", tile_rows=32, adc_bound=4.0, noise_scale=2.0)
+KEY = jax.random.key(5)
+
+_forward = jax.jit(forward, static_argnames=("config", "implementation"))
+_program = jax.jit(program, static_argnames="dense")
+
+
+def _eighth(leaf: jax.Array) -> jax.Array:
+    """Smaller steps and weights: on random grids weights are of order 1. (Zeros are then others too.)"""
+    return (leaf / 8).astype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+
+@functools.cache
+def models() -> tuple[Params, Params]:
+    """(with quantized experts, with the weights that they stand for)."""
+    base = random_params(CONFIG, 0)
+    moe = base.layers.moe
+    shapes = {name: getattr(moe.experts, name).shape[2:] for name in ("gate", "up", "down")}
+    mixed = {name: random_mixed(n, POOL, *shape)[0] for n, (name, shape) in enumerate(shapes.items())}
+    small = {name: jax.tree.map(_eighth, matrix) for name, matrix in mixed.items()}
+
+    def with_experts(leaves: dict[str, Any]) -> Params:
+        experts = dataclasses.replace(moe.experts, **leaves)
+        return base.replace(layers=base.layers.replace(moe=moe.replace(experts=experts)))
+
+    plain = {name: dense(m, jnp.float32) for name, m in small.items()}
+    return with_experts(small), with_experts(plain)
+
+
+def tokens() -> jax.Array:
+    return random_tokens(CONFIG, 1, (2, 9))
+
+
+def partly(plan: Plan) -> Plan:
+    """Only experts that are not quantized, and not all of those."""
+    analog = POOL == 3
+    analog[0, 1] = False
+    return dataclasses.replace(plan, experts=jnp.asarray(analog))
+
+
+def assert_same(found: Any, wanted: Any) -> None:
+    # The same weights in the same order of operations, but for that of sums: a float32 rounding of 64 terms.
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=4e-6 * np.abs(wanted).max())
+
+
+def test_digital_model_is_that_of_the_weights_that_codes_stand_for() -> None:
+    quantized, plain = models()
+    assert_same(_forward(quantized, tokens(), CONFIG), _forward(plain, tokens(), CONFIG))
+
+
+@pytest.mark.parametrize("make_plan", [experts_analog, all_analog])
+@pytest.mark.parametrize("bits", [None, 8])
+def test_analog_experts_have_the_noise_of_the_unquantized_model(make_plan: Any, bits: int | None) -> None:
+    """Same draws for the same layer and expert, whatever is quantized; at 8 bits most codes are the same too."""
+    quantized, plain = models()
+    spec = analog_spec("additive", tile_rows=32, adc_bound=4.0, noise_scale=2.0, dac_bits=bits, adc_bits=bits)
+    plan, is_all = partly(make_plan(CONFIG)), make_plan is all_analog
+    found, wanted = (
+        _forward(p, tokens(), CONFIG, plan=plan, spec=spec, programmed=_program(KEY, p, spec, dense=is_all))
+        for p in (quantized, plain)
+    )
+    if bits is None:
+        assert_same(found, wanted)
+    else:
+        assert np.median(np.abs(found - wanted)) <= 4e-6 * np.abs(wanted).max()
+    digital = _forward(quantized, tokens(), CONFIG)
+    assert np.abs(found - digital).max() > 1e-3 * np.abs(digital).max()
+
+
+def test_quantized_experts_on_crossbars_give_no_number() -> None:
+    quantized, _ = models()
+    plan, programmed = experts_analog(CONFIG), _program(KEY, quantized, SPEC, dense=False)
+    with pytest.raises(InputError, match="puts 7 quantized experts on crossbars, the first is expert 0 of layer 0"):
+        forward(quantized, tokens(), CONFIG, plan=plan, spec=SPEC, programmed=programmed)
+    ideal = analog_spec("additive", dac_bits=None, adc_bits=None, tile_rows=32)
+    for spec in (SPEC, ideal):
+        weights = _program(KEY, quantized, spec, dense=False)
+        found = _forward(quantized, tokens(), CONFIG, plan=plan, spec=spec, programmed=weights)
+        assert np.isnan(found).any()
+        kept = partly(plan)
+        assert np.isfinite(_forward(quantized, tokens(), CONFIG, plan=kept, spec=spec, programmed=weights)).all()
+
+
+def test_what_does_not_exist_is_refused() -> None:
+    quantized, _ = models()
+    plan = partly(experts_analog(CONFIG))
+    with pytest.raises(NotImplementedError, match="no kernel for quantized experts"):
+        _forward(quantized, tokens(), CONFIG, implementation="interpret_cuda")
+    weights = seeded_weights(KEY, dense=False, when="kernel")
+    with pytest.raises(NotImplementedError, match="must be stored: use program"):
+        _forward(quantized, tokens(), CONFIG, plan=plan, spec=SPEC, programmed=weights)
+    everything = jax.tree.map(
+        lambda m: random_mixed(0, np.zeros_like(POOL), *m.shape[2:])[0], quantized.layers.moe.experts, is_leaf=is_mixed
+    )
+    packed = quantized.replace(layers=quantized.layers.replace(moe=quantized.layers.moe.replace(experts=everything)))
+    with pytest.raises(InputError, match="all experts' gate matrices are quantized"):
+        _program(KEY, packed, SPEC, dense=False)
+    assert np.isfinite(_forward(packed, tokens(), CONFIG)).all()
+
+
+def test_other_models_are_refused() -> None:
+    quantized, _ = models()
+    with pytest.raises(InputError, match="belong to different models"):
+        forward(quantized, tokens(), dataclasses.replace(CONFIG, num_experts=7))
