@@ -147,7 +147,9 @@ def _errors(
         norm = jnp.sum(jnp.square(exact) * weight)
 
         def one(pair: tuple[Array, Array]) -> Array:
-            y = grouped_crossbar(x, w, group, group, None, on, of_methods[pair[0]], pair[1], maxima, options, None)
+            y = grouped_crossbar(
+                x, w, group, None, on, of_methods[pair[0]], pair[1], maxima, options, None, stored=group
+            )
             return jnp.sum(jnp.square(y - exact) * weight) / jnp.where(norm > 0, norm, 1.0)
 
         count = of_methods.shape[0]

@@ -31,7 +31,7 @@ _program = jax.jit(program, static_argnames="dense")
 
 
 def _eighth(leaf: jax.Array) -> jax.Array:
-    """Smaller steps and weights: on random grids weights are of order 1. (Zeros are then others too.)"""
+    """Smaller steps and weights: on random grids weights are of order 1."""
     return (leaf / 8).astype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
 

@@ -52,7 +52,6 @@ def through_blocks(
         to_blocks(x, plan),
         w,
         plan.block_expert,
-        plan.block_expert,
         None,
         jnp.asarray(analog),
         None if ranges is None else jnp.asarray(ranges),
@@ -60,6 +59,7 @@ def through_blocks(
         block_max(w.astype(jnp.float32), settings.tile_rows, per_column=settings.bound_axis == "column"),
         settings,
         None if read is None else (*read, rows.reshape(-1, block)),
+        stored=plan.block_expert,
     )
     return from_blocks(y, plan)
 

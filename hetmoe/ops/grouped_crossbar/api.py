@@ -81,8 +81,8 @@ def expert_products(
             # Selected per expert, around one matmul: under vmap a `lax.cond` would compute both sides.
             chosen = jnp.where(analog[:, None, None], programmed.w, w)
             product = xla.grouped_crossbar(
-                x, chosen, block_expert, block_expert, used, analog, input_range, spec.adc_bound,
-                programmed.weight_max, spec.options, noise,
+                x, chosen, block_expert, used, analog, input_range, spec.adc_bound, programmed.weight_max, spec.options,
+                noise, stored=block_expert,
             )  # fmt: skip
             results.append(product)
         return tuple(results)
@@ -115,8 +115,8 @@ def _mixed_products(
             raise NotImplementedError("beside quantized experts, programmed weights must be stored: use program()")
         programmed: Any = side.w
         product = xla.grouped_crossbar(
-            x, programmed.pools[0], programmed.places.slot[block_expert], block_expert, used & on_crossbar, analog,
-            input_range, spec.adc_bound, side.weight_max, spec.options, noise,
+            x, programmed.pools[0], block_expert, used & on_crossbar, analog, input_range, spec.adc_bound, side.weight_max,
+            spec.options, noise, stored=programmed.places.slot[block_expert],
         )  # fmt: skip
         product = jnp.where(unquantized(w)[1][block_expert][:, None, None], product, jnp.nan)
         results.append(jnp.where(on_crossbar[:, None, None], product, plain))

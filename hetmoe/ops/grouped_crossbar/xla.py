@@ -13,7 +13,6 @@ from hetmoe.ops.grouped_matmul.xla import grouped_matmul
 def grouped_crossbar(
     x: Float[Array, "blocks block K"],
     w: Float[Array, "matrices K N"],
-    stored: Int[Array, "blocks"],
     block_expert: Int[Array, "blocks"],
     used: Bool[Array, "blocks"] | None,
     analog: Bool[Array, "experts"],
@@ -22,13 +21,14 @@ def grouped_crossbar(
     weight_max: Float[Array, "experts tiles columns"],
     options: CrossbarOptions,
     read: tuple[ReadNoise, jax.Array, Array] | None,
+    *,
+    stored: Int[Array, "blocks"],
 ) -> Float[Array, "blocks block N"]:
     """One matmul per block; converters (and read noise) act on the blocks of analog experts only.
 
     Args:
         x: token blocks (`hetmoe.ops.dispatch`).
         w: the weights in force: programmed for analog experts, clean for digital ones.
-        stored: which of them each block meets, ascending.
         block_expert: expert of each block.
         used: False for blocks that hold only padding, whose results mean nothing; None = all are used.
         analog: which experts are on crossbars.
@@ -37,6 +37,7 @@ def grouped_crossbar(
         weight_max: `max |w|` per expert and tile (last axis 1) or column (N).
         options: static crossbar options.
         read: (noise, key, row numbers uint32 `[blocks, block]`), or None.
+        stored: which matrix of `w` each block meets, ascending: that of its expert, if `w` holds those of all experts.
     """
 
     def matmul(inputs: Array, start: int, size: int, absolute: bool) -> Array:
