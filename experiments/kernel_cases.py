@@ -24,7 +24,7 @@ from hetmoe.models.routing import Routing
 from hetmoe.models.transformer import head_logits, hidden_states
 from hetmoe.ops.dispatch import choose_block_size, dispatch, to_blocks
 from hetmoe.ops.grouped_crossbar.api import digital_products, expert_products
-from hetmoe.ops.grouped_crossbar.block_sizes import rows_per_block
+from hetmoe.ops.grouped_crossbar.block_sizes import BLOCKS_MULTIPLE, rows_per_block
 from hetmoe.ops.grouped_matmul.xla import grouped_matmul
 from kernel_work import Sizes, Work, backward_work, crossbar_work, grouped_work, model_work, seed_work
 
@@ -82,7 +82,7 @@ def crossbar_case(sizes: Sizes, implementation: str) -> Case:
     return Case(work=crossbar_work(sizes), ours={"": ours}, plain={"matmul": Program(plain_matmul, (x, w))})
 
 
-_dispatch = jax.jit(dispatch, static_argnums=(1, 2))
+_dispatch = jax.jit(dispatch, static_argnums=(1, 2), static_argnames="multiple")
 
 
 @struct.dataclass
@@ -123,7 +123,7 @@ def seeded_layer(key: Array) -> dict[str, SeededMatrix]:
 
 def make_experts(sizes: Sizes, chosen: np.ndarray, block: int) -> Experts:
     clean, spec = make_clean(sizes), hetmoe.analog_spec()
-    plan = _dispatch(chosen, sizes.config.num_experts, block)
+    plan = _dispatch(chosen, sizes.config.num_experts, block, multiple=BLOCKS_MULTIPLE)
     x = jax.jit(to_blocks)(normal(0, len(chosen), sizes.config.hidden_size), plan)
     stored = program_layer(jax.random.key(5), clean, spec)
     return Experts(
@@ -190,7 +190,7 @@ def plain_products(sizes: Sizes, chosen: np.ndarray, clean: FeedForward) -> dict
         blocks = rows(len(plan.block_expert), plan.block_size)
         return {"grouped_matmul": Program(_block_products, (*blocks, clean, plan.block_expert))}
     # XLA may have no fast ragged_dot for a GPU; "equal groups" has the same work where all loads are equal.
-    plan = _dispatch(chosen, c.num_experts, rows_per_block(copies, c.num_experts))
+    plan = _dispatch(chosen, c.num_experts, rows_per_block(copies, c.num_experts), multiple=BLOCKS_MULTIPLE)
     blocks = rows(len(plan.block_expert), plan.block_size)
     return {
         "digital kernels": Program(_kernel_products, (*blocks, clean, plan.block_expert)),
@@ -269,6 +269,9 @@ def seeds_case(sizes: Sizes, tokens: int, implementation: str) -> Case:
     def kernel(x: Array, clean: FeedForward, routing: Routing, keys: Array) -> Array:
         return jax.lax.map(lambda key: run(x, clean, routing, seeded_layer(key)), keys)
 
+    def kernel_vmapped(x: Array, clean: FeedForward, routing: Routing, keys: Array) -> Array:
+        return jax.vmap(lambda key: run(x, clean, routing, seeded_layer(key)))(keys)
+
     def layer(x: Array, clean: FeedForward, routing: Routing, keys: Array) -> Array:
         return jax.lax.map(lambda key: run(x, clean, routing, program_layer(key, clean, spec)), keys)
 
@@ -278,7 +281,9 @@ def seeds_case(sizes: Sizes, tokens: int, implementation: str) -> Case:
 
     shared, keys = (x, clean, routing), jax.random.split(jax.random.key(9), sizes.seeds)
     stored = program_layer(keys[0], clean, spec)
-    ways = {function.__name__: Program(function, (*shared, keys)) for function in (kernel, layer, copies)}
+    ways = {
+        function.__name__: Program(function, (*shared, keys)) for function in (kernel, kernel_vmapped, layer, copies)
+    }
     return Case(
         work=seed_work(sizes, tokens, len(np.unique(chosen))),
         ours={"stored": Program(run, (*shared, stored))} | ways,

@@ -95,7 +95,11 @@ def program_matrix(key: jax.Array, w: Float[Array, "K N"], spec: AnalogSpec, *, 
 
     The draw of element (i, j) of a stream depends on the key, the stream, the expert and `i * N + j` only.
     """
-    result = drawn_matrix(key, w, spec, expert=expert)
+    return as_read(drawn_matrix(key, w, spec, expert=expert), spec)
+
+
+def as_read(result: Programmed, spec: AnalogSpec) -> Array:
+    """What a drawn matrix is at the time of reading, drift compensation included; float32."""
     if spec.drift_compensation:
         return global_drift_compensation(result.initial, result.at_time, spec.options.tile_rows)
     return result.at_time
@@ -133,7 +137,11 @@ def matrix_key(key: jax.Array, name: str, layer: Array | int) -> jax.Array:
 
 
 def _stored(key: jax.Array, w: Array, spec: AnalogSpec, expert: Array | int) -> ProgrammedMatrix:
-    stored = program_matrix(key, w, spec, expert=expert).astype(w.dtype)
+    return with_maxima(program_matrix(key, w, spec, expert=expert).astype(w.dtype), spec)
+
+
+def with_maxima(stored: Float[Array, "K N"], spec: AnalogSpec) -> ProgrammedMatrix:
+    """A programmed matrix with the maxima that its ADCs use."""
     per_column = spec.options.bound_axis == "column"
     maxima = block_max(stored.astype(jnp.float32), spec.options.tile_rows, per_column=per_column)
     return ProgrammedMatrix(w=stored, weight_max=maxima)

@@ -11,7 +11,7 @@ from hetmoe.models.params import FeedForward, MoE
 from hetmoe.models.routing import Routing
 from hetmoe.ops.dispatch import choose_block_size, dispatch, from_blocks, to_blocks
 from hetmoe.ops.grouped_crossbar.api import check_implementation, digital_products, expert_products
-from hetmoe.ops.grouped_crossbar.block_sizes import rows_per_block
+from hetmoe.ops.grouped_crossbar.block_sizes import BLOCKS_MULTIPLE, rows_per_block
 from hetmoe.ops.grouped_matmul.feed_forward import grouped_feed_forward
 from hetmoe.ops.grouped_quantized.xla import quantized_feed_forward
 from hetmoe.quantize.mixed import is_mixed
@@ -71,7 +71,7 @@ def routed_experts(
     """
     count, is_xla = experts.gate.shape[0], check_implementation(implementation) == "xla"
     block_size = (choose_block_size if is_xla else rows_per_block)(routing.chosen.size, count)
-    plan = dispatch(routing.chosen, count, block_size)
+    plan = dispatch(routing.chosen, count, block_size, multiple=1 if is_xla else BLOCKS_MULTIPLE)
     blocks = to_blocks(x, plan)
     real = (plan.slot_token < x.shape[0]).reshape(blocks.shape[:2])  # padding slots hold no token
     used = real.any(axis=1)

@@ -37,22 +37,24 @@ def choose_block_size(copies: int, experts: int) -> int:
     return size
 
 
-def dispatch(experts: Int[Array, "tokens copies"], num_experts: int, block_size: int) -> Dispatch:
+def dispatch(experts: Int[Array, "tokens copies"], num_experts: int, block_size: int, *, multiple: int = 1) -> Dispatch:
     """Assigns every token copy a slot, grouped by expert.
 
     Args:
         experts: int32, the experts of each token's copies, each in [0, num_experts).
         num_experts: E.
         block_size: slots per block.
+        multiple: of which the number of blocks is one.
 
     Returns:
         A `Dispatch` with the most blocks that any load needs: with n copies, m = min(n, num_experts) experts get one
-        at least, and every other `block_size` copies may open another block.
+        at least, and every other `block_size` copies may open another block; then blocks of padding up to `multiple`.
     """
     tokens, copies = experts.shape
     flat = experts.reshape(-1)
     busy = min(num_experts, flat.size)
     blocks = busy + (flat.size - busy) // block_size
+    blocks = -(-blocks // multiple) * multiple
     one_hot = flat[:, None] == jnp.arange(num_experts, dtype=flat.dtype)[None, :]
     running = jnp.cumsum(one_hot.astype(jnp.int32), axis=0)
     rank = jnp.take_along_axis(running, flat[:, None], axis=1)[:, 0] - 1  # position inside the expert's group

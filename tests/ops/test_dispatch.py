@@ -146,3 +146,12 @@ def test_block_size(copies: int, experts: int) -> None:
     quarter = copies / experts / 4
     assert size == 8 or size / 2 < quarter
     assert size == 128 or size >= quarter
+
+
+def test_blocks_of_padding_up_to_a_multiple() -> None:
+    experts = jnp.asarray(np.random.default_rng(0).integers(0, 5, (13, 3)), jnp.int32)
+    plain, padded = dispatch(experts, 5, 8), dispatch(experts, 5, 8, multiple=16)
+    assert plain.block_expert.shape == (9,) and padded.block_expert.shape == (16,)
+    np.testing.assert_array_equal(padded.token_slot, plain.token_slot)
+    np.testing.assert_array_equal(padded.slot_token[: 9 * 8], plain.slot_token)
+    assert np.all(padded.slot_token[9 * 8 :] == 13)

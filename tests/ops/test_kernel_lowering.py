@@ -140,16 +140,17 @@ def test_large_tiles_have_fewer_columns_or_are_refused_on_tpu() -> None:
     def product(x: jax.Array, w: jax.Array) -> jax.Array:
         return crossbar_matmul(x, w, tile_rows=10**6, implementation="pallas")
 
-    def shapes(rows: int) -> tuple[Any, Any]:
-        return Shape((16, rows), jnp.float32), Shape((rows, 1024), jnp.float32)
+    def shapes(rows: int, dtype: Any = jnp.float32) -> tuple[Any, Any]:
+        return Shape((16, rows), dtype), Shape((rows, 1024), dtype)
 
-    # A step sees as many columns as fit: 2048 rows of 512 in float32 are 4 MiB.
-    for rows, columns in ((2048, 512), (4096, 256), (8192, 128)):
-        assert f"Ref<default>{{f32[1,{rows},{columns}]}}" in str(jax.jit(product).trace(*shapes(rows)).jaxpr)
-        assert lowered(product, "tpu", *shapes(rows)).count(PLATFORMS["tpu"]) == 1
-    with pytest.raises(NotImplementedError, match=r"tiles of 8193 rows .* tile_rows of at most 8192"):
-        lowered(product, "tpu", *shapes(8193))
-    assert lowered(product, "cuda", *shapes(8193)).count(PLATFORMS["cuda"]) == 1
+    # A step sees as many columns as fit: 1024 rows of 512 in float32 are 2 MiB.
+    for rows, columns, dtype in ((1024, 512, "f32"), (2048, 256, "f32"), (4096, 128, "f32"), (8192, 128, "bf16")):
+        given = shapes(rows, jnp.float32 if dtype == "f32" else jnp.bfloat16)
+        assert f"Ref<default>{{{dtype}[1,{rows},{columns}]}}" in str(jax.jit(product).trace(*given).jaxpr)
+        assert lowered(product, "tpu", *given).count(PLATFORMS["tpu"]) == 1
+    with pytest.raises(NotImplementedError, match=r"tiles of 4097 rows .* tile_rows of at most 4096"):
+        lowered(product, "tpu", *shapes(4097))
+    assert lowered(product, "cuda", *shapes(4097)).count(PLATFORMS["cuda"]) == 1
 
 
 def test_other_platforms_are_refused() -> None:

@@ -12,7 +12,7 @@ from hetmoe.analog.spec import AnalogSpec
 from hetmoe.ops.crossbar_matmul import xla as crossbar_xla
 from hetmoe.ops.crossbar_matmul.base import CrossbarOptions
 from hetmoe.ops.grouped_crossbar import xla
-from hetmoe.ops.grouped_crossbar.block_sizes import rows_per_block
+from hetmoe.ops.grouped_crossbar.block_sizes import BLOCKS_MULTIPLE, rows_per_block
 from hetmoe.ops.grouped_crossbar.blocks import Chip, Clean, Matrix
 from hetmoe.ops.grouped_crossbar.operands import make_matrix, make_tables
 from hetmoe.ops.grouped_crossbar.packing import pad_axis, round_up
@@ -115,8 +115,8 @@ def _mixed_products(
             raise NotImplementedError("beside quantized experts, programmed weights must be stored: use program()")
         programmed: Any = side.w
         product = xla.grouped_crossbar(
-            x, programmed.pools[0], block_expert, used & on_crossbar, analog, input_range, spec.adc_bound, side.weight_max,
-            spec.options, noise, stored=programmed.places.slot[block_expert],
+            x, programmed.pools[0], block_expert, used & on_crossbar, analog, input_range, spec.adc_bound,
+            side.weight_max, spec.options, noise, stored=programmed.places.slot[block_expert],
         )  # fmt: skip
         product = jnp.where(unquantized(w)[1][block_expert][:, None, None], product, jnp.nan)
         results.append(jnp.where(on_crossbar[:, None, None], product, plain))
@@ -215,10 +215,11 @@ def _in_blocks(
 ) -> Array:
     rows = x.shape[0]
     block = rows_per_block(rows, 1)
-    blocks = pad_axis(x, round_up(max(rows, 1), block), 0).reshape(-1, block, x.shape[1])
+    multiple = block if rows <= block * BLOCKS_MULTIPLE else block * BLOCKS_MULTIPLE
+    blocks = pad_axis(x, round_up(max(rows, 1), multiple), 0).reshape(-1, block, x.shape[1])
     count = blocks.shape[0]
-    group = jnp.zeros((count,), jnp.int32)
-    tables = make_tables(group, jnp.ones((count,), bool), analog, ranges, adc_bound)
+    group, used = jnp.zeros((count,), jnp.int32), jnp.arange(count) * block < rows
+    tables = make_tables(group, used, analog, ranges, adc_bound)
     results: tuple[Array, ...] = crossbar_blocks(blocks, tables, (matrix,), static)
     return results[0].reshape(-1, results[0].shape[2])[:rows]
 

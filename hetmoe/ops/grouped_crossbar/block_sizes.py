@@ -30,6 +30,8 @@ class BlockSizes:
     stages: int = 0
 
 
+# On TPU as many blocks share what is fetched as divide their number (`pallas_tpu.group_size`): it must not be a prime.
+BLOCKS_MULTIPLE = 16
 ROWS = (16, 32, 64, 128)  # of a block; both platforms want powers of two, and at least 16 two-byte rows
 
 
@@ -38,9 +40,9 @@ def rows_per_block(rows: int, groups: int) -> int:
     return next((size for size in ROWS if size * 2 * groups >= rows), ROWS[-1])
 
 
-# Of a step's tile of one matrix on TPU. Two matrices, clean and programmed, each with its successor, are eight of them;
-# drawing noise needs about as much again in float32, and VMEM holds 64 MiB beside the sums (`pallas_tpu.VMEM_BYTES`).
-TILE_BYTES = 4 * 2**20
+# Of a step's tile of one matrix on TPU. Two matrices, clean and programmed, each with its successor, are eight of them:
+# 16 MiB of the 48 that a kernel may take (`pallas_tpu.VMEM_BYTES`). Drawing noise needs several in float32 beside them.
+TILE_BYTES = 2 * 2**20
 
 
 def choose(platform: Platform, *, rows: int, tile: int, columns: int, matrices: int, item_bytes: int) -> BlockSizes:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hetmoe.analog.devices import Stream, compensation_factor, group_range
-from hetmoe.analog.programming import ProgrammedMatrix, SeededMatrix, drawn_matrix, realise, stream_key
+from hetmoe.analog.programming import ProgrammedMatrix, SeededMatrix, as_read, drawn_matrix, stream_key, with_maxima
 from hetmoe.analog.spec import AnalogSpec
 from hetmoe.analog.tiles import row_blocks
 from hetmoe.ops.grouped_crossbar.blocks import ANALOG, DIGITAL, EMPTY, Chip, Clean, Matrix, Noise, Tables
@@ -44,10 +44,10 @@ def make_matrix(
 
     def of_group(item: tuple[Array, Array]) -> tuple[Array, Array | None, tuple[Array, Array]]:
         w, number = item
-        maxima = realise(analog_side, w[None], spec, first=number).weight_max[0]
+        result = drawn_matrix(key, w, spec, expert=number)
+        maxima = with_maxima(as_read(result, spec).astype(w.dtype), spec).weight_max
         factor = None
         if spec.drift_compensation:
-            result = drawn_matrix(key, w, spec, expert=number)
             factor = compensation_factor(result.initial, result.at_time, rows)[:, 0]
         return maxima, factor, _tile_ranges(w.astype(jnp.float32), spec)
 

@@ -23,7 +23,7 @@ from hetmoe.ops.grouped_crossbar.blocks import ANALOG, DIGITAL, Matrix, Tables
 from hetmoe.ops.grouped_crossbar.shape import Shape, weights_of
 
 SUM_BYTES = 4 * 2**20  # VMEM for the running sums of a group of blocks
-VMEM_BYTES = 64 * 2**20  # v5e, v5p and v6e have 128 MiB
+VMEM_BYTES = 48 * 2**20  # v5e and v6e have 128 MiB, v5p 64 (jax, pallas/mosaic/tpu_info.py); older ones 16: too few
 
 
 def blocks_matmul(
@@ -98,7 +98,7 @@ def kept_weights(matrices: tuple[Matrix, ...], shape: Shape) -> list[Any]:
 
 
 def group_size(blocks: int, bytes_each: int) -> int:
-    """The largest divisor of the number of blocks whose sums fit."""
+    """The largest divisor of the number of blocks whose sums fit (`block_sizes.BLOCKS_MULTIPLE`)."""
     most = max(1, SUM_BYTES // bytes_each)
     return next(size for size in range(min(blocks, most), 0, -1) if blocks % size == 0)
 
