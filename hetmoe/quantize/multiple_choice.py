@@ -78,7 +78,7 @@ def _check(losses: np.ndarray, costs: np.ndarray, budget: int, most_states: int)
         raise InputError("costs must be whole numbers (an integer array) of at least 0")
     if costs.size and int(costs.max()) * len(costs) >= 2**62:
         raise InputError(f"costs of up to {costs.max()} for {len(costs)} items are too large to be summed")
-    if int(budget) != budget:
+    if budget % 1 != 0:
         raise InputError(f"budget={budget!r} must be a whole number")
     if most_states < 1:
         raise InputError(f"most_states={most_states} must be at least 1")

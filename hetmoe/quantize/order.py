@@ -5,6 +5,7 @@ order is the same on every machine. The published rule (arXiv 2604.06515) is `by
 where no initial model is known, followed by `promote`.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -19,9 +20,7 @@ from hetmoe.errors import InputError
 Order = Int[np.ndarray, "*layers experts"]
 
 
-def by_router_change(
-    final: Float[Array, "*layers hidden experts"], initial: Float[Array, "*layers hidden experts"]
-) -> Order:
+def by_router_change(final: Float[Array, "*layers hidden experts"], initial: Float[Array, "..."]) -> Order:
     """Ascending growth of the router's l2 norm over training, `||w_s(final)|| - ||w_s(initial)||`, per expert s.
 
     Experts of small change hold features that are rare but matter, so they come first (arXiv 2604.06515).
@@ -89,6 +88,7 @@ def random_order(key: jax.Array, layers: int, experts: int) -> Int[np.ndarray, "
     return np.asarray(drawn, np.int64)
 
 
+@functools.partial(jax.jit, static_argnames="how")  # one pass over stored weights, without a copy in float32
 def max_variance(
     first: Float[Array, "*lead hidden inner"], how: Literal["highest_norm", "all"] = "highest_norm"
 ) -> Float[Array, "*lead"]:
