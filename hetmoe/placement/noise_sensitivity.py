@@ -5,10 +5,7 @@ With the gradient g of the loss and its Hessian replaced by the Fisher matrix F,
 
     g . b + (b' F b + sum_i F_ii s_i^2) / 2
 
-F is that of the model's own predictions: squared gradients with labels sampled from the model (Martens 2020, "New
-insights and perspectives on the natural gradient method", section 5). Labels at different positions are independent
-given the text, so the square of one sequence's summed gradient is in expectation the sum of the squares of its tokens':
-one backward pass per sequence is enough. g is taken with the text's own labels.
+F is that of the model's own predictions (`hetmoe.placement.loss_gradients`); g is taken with the text's own labels.
 """
 
 import functools
@@ -19,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from hetmoe.analog.devices import NoiseMoments
 from hetmoe.analog.noise_moments import programming_moments, sampled_moments
@@ -27,11 +24,11 @@ from hetmoe.analog.random import require_key
 from hetmoe.analog.spec import AnalogSpec
 from hetmoe.errors import InputError
 from hetmoe.models.config import ModelConfig, check_tokens
-from hetmoe.models.likelihood import CHUNK
 from hetmoe.models.matrices import MATRICES, crossbar_matrices, replace_matrices
 from hetmoe.models.model import Model
 from hetmoe.models.params import DenseLayer, Layer, Params
-from hetmoe.models.transformer import LayerHook, head_matrix, hidden_states
+from hetmoe.models.transformer import LayerHook, head_matrix
+from hetmoe.placement.loss_gradients import Reduce, per_sequence, tap
 from hetmoe.placement.module_scores import ModuleScores, empty_scores
 
 
@@ -50,28 +47,14 @@ class NoiseSensitivity:
         return jax.tree.map(lambda *parts: sum(parts), self.variance, self.bias, self.gradient)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _tap(moments_of: Callable[[Array, Any], NoiseMoments], w: Array, slot: Array, source: Any) -> Array:
-    """`w`; the derivative with respect to `slot` is (sum g^2 s^2, g . b) of w's gradient g, per expert if stacked.
-
-    So the gradient of one layer at a time is reduced to two numbers per module, and never kept.
-    """
-    del moments_of, slot, source  # used by the backward pass only
-    return w
-
-
-def _tap_fwd(moments_of: Callable[[Array, Any], NoiseMoments], w: Array, slot: Array, source: Any) -> Any:
-    return _tap(moments_of, w, slot, source), (w, source)
-
-
-def _tap_bwd(moments_of: Callable[[Array, Any], NoiseMoments], residuals: Any, grad: Array) -> Any:
-    moments, g = moments_of(*residuals), grad.astype(jnp.float32)
-    spread = jnp.sum(jnp.square(g) * moments.variance, axis=(-2, -1))
-    pulled = jnp.sum(g * moments.mean, axis=(-2, -1))
-    return None, jnp.stack([spread, pulled], axis=-1), None
-
-
-_tap.defvjp(_tap_fwd, _tap_bwd)
+def _gradient_moments(
+    moments_of: Callable[[Array, Any], NoiseMoments], gradient: Array, w: Array, source: Any
+) -> Float[Array, "*experts 2"]:
+    """(sum g^2 s^2, g . b) of one matrix, per expert if stacked."""
+    moments = moments_of(w, source)
+    spread = jnp.sum(jnp.square(gradient) * moments.variance, axis=(-2, -1))
+    pulled = jnp.sum(gradient * moments.mean, axis=(-2, -1))
+    return jnp.stack([spread, pulled], axis=-1)
 
 
 def _given(w: Array, moments: NoiseMoments) -> NoiseMoments:
@@ -139,51 +122,26 @@ def _per_sequence(
 ) -> tuple[ModuleScores, ModuleScores, ModuleScores]:
     """`sum g^2 s^2` and `g . b` for sampled labels, `g . b` for the text's own; leaves `[sequences, ...]`."""
     moments_of = programming_moments if sampled is None else _given
-    slots = empty_scores(config, dense=dense, last=(2,))
+    reduce = functools.partial(_gradient_moments, moments_of)
 
-    def one(item: tuple[Array, jax.Array]) -> Any:
-        window, label_key = item
+    def tapped(slots: ModuleScores) -> tuple[LayerHook, Array]:
+        head: Any = head_matrix(params)
+        if slots.lm_head is not None:
+            head = tap(reduce, head, slots.lm_head, spec if sampled is None else sampled.lm_head)
+        return _hook(slots, spec, sampled, config, reduce), head
 
-        def losses(slots: ModuleScores) -> Array:
-            hook = _hook(slots, spec, sampled, config, moments_of)
-            hidden, _, _ = hidden_states(params, window[None, :-1], config, hook=hook)
-            head: Any = head_matrix(params)
-            if slots.lm_head is not None:
-                head = _tap(moments_of, head, slots.lm_head, spec if sampled is None else sampled.lm_head)
-            return _losses(hidden[0], head, window[1:], label_key)
-
-        _, pull = jax.vjp(losses, slots)
-        of_sampled, of_own = pull(jnp.array([1.0, 0.0]))[0], pull(jnp.array([0.0, 1.0]))[0]
+    def keep(of_sampled: ModuleScores, of_own: ModuleScores) -> tuple[ModuleScores, ModuleScores, ModuleScores]:
         return (
             jax.tree.map(lambda v: v[..., 0], of_sampled),
             jax.tree.map(lambda v: v[..., 1], of_sampled),
             jax.tree.map(lambda v: v[..., 1], of_own),
         )
 
-    return jax.lax.map(one, (windows, keys))
+    slots = empty_scores(config, dense=dense, last=(2,))
+    return per_sequence(params, windows, keys, slots, tapped, keep, config)
 
 
-def _losses(hidden: Array, head: Array, labels: Array, key: jax.Array) -> Array:
-    """Summed negative log-likelihood, nats, of labels sampled from the model and of the given ones."""
-    count, chunk = hidden.shape[0], min(CHUNK, hidden.shape[0])
-    pad = -count % chunk
-    rows = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, chunk, hidden.shape[1])
-    own = jnp.pad(labels, (0, pad)).reshape(-1, chunk)
-    real = (jnp.arange(count + pad) < count).astype(jnp.float32).reshape(-1, chunk)
-
-    @jax.checkpoint  # the backward pass recomputes a chunk's logits, and draws the same labels
-    def one(part: tuple[Array, Array, Array, jax.Array]) -> Array:
-        x, given, weight, chunk_key = part
-        logits = jnp.matmul(x, head, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
-        drawn = jax.random.categorical(chunk_key, jax.lax.stop_gradient(logits))
-        log_probs = jax.nn.log_softmax(logits)
-        chosen = jnp.take_along_axis(log_probs, jnp.stack([drawn, given], axis=1), axis=1)
-        return -jnp.sum(chosen * weight[:, None], axis=0)
-
-    return jnp.sum(jax.lax.map(one, (rows, own, real, jax.random.split(key, rows.shape[0]))), axis=0)
-
-
-def _hook(slots: ModuleScores, spec: AnalogSpec, sampled: Any, config: ModelConfig, moments_of: Any) -> LayerHook:
+def _hook(slots: ModuleScores, spec: AnalogSpec, sampled: Any, config: ModelConfig, reduce: Reduce) -> LayerHook:
     """Taps every matrix whose module has a slot."""
     moe, plain = list(config.moe_layers), list(config.dense_layers)
     attention = slots.attention
@@ -193,7 +151,7 @@ def _hook(slots: ModuleScores, spec: AnalogSpec, sampled: Any, config: ModelConf
         tapped: dict[str, Array] = {}
         for name, w in crossbar_matrices(layer).items():
             if (module := MATRICES[name].module) in mine:
-                tapped[name] = _tap(moments_of, w, mine[module], spec if moments is None else moments[name])
+                tapped[name] = tap(reduce, w, mine[module], spec if moments is None else moments[name])
         return replace_matrices(layer, tapped)
 
     def part(named: dict[str, Any], numbers: list[int]) -> dict[str, Any]:
