@@ -1,4 +1,4 @@
-"""Expected loss increase of quantized experts against full gradients, an enumerated Fisher matrix and a real change."""
+"""Expected loss increase of quantized experts against gradients of every label, and what a budget makes of it."""
 
 import dataclasses
 
@@ -11,12 +11,18 @@ from hetmoe.errors import InputError
 from hetmoe.models.model import Model
 from hetmoe.models.transformer import forward
 from hetmoe.quantize.budget import EXPERT_MATRICES, bits_within, expert_bytes
-from hetmoe.quantize.expected_loss import expected_increase
+from hetmoe.quantize.expected_loss import _per_sequence, expected_increase
 from hetmoe.quantize.grid import Grid, Quantized, dequantize
 from tests.models.tiny import random_params, random_tokens, tiny_config
 
 KEY = jax.random.key(3)
-SMALL = {"vocab_size": 12, "num_experts": 4, "hidden_size": 32, "expert_intermediate_size": 32}
+CONFIG = tiny_config(
+    vocab_size=12, num_experts=4, hidden_size=32, expert_intermediate_size=32,
+    num_layers=3, dense_layers=(0,), dense_intermediate_size=19,
+)  # fmt: skip
+LEVELS = (1, 2, 3, 4, 8)
+WINDOW = random_tokens(CONFIG, 4, (1, 6))
+WINDOWS = jnp.tile(WINDOW, (300, 1))  # each time other labels are sampled
 
 
 def made(config, seed=0):
@@ -59,69 +65,65 @@ def replaced(params, **matrices):
     return dataclasses.replace(params, layers=dataclasses.replace(params.layers, moe=moe))
 
 
-def test_gradient_part_is_the_gradient_times_the_change() -> None:
-    config = tiny_config(**SMALL, num_layers=3, dense_layers=(0,), dense_intermediate_size=19)
-    model, windows, levels = made(config), random_tokens(config, 1, (3, 12)), (1, 4)
-    found_at = quantized(model, levels)
-
-    def loss(gate, up, down):
-        params = replaced(model.params, gate=gate, up=up, down=down)
-        log_probs = jax.nn.log_softmax(forward(params, windows[:, :-1], config))
-        return -jnp.mean(jnp.take_along_axis(log_probs, windows[:, 1:, None], axis=-1))
-
-    experts = model.params.layers.moe.experts
-    gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(experts.gate, experts.up, experts.down)
-    d = changes(model, found_at)
-    expected = [
-        [(np.asarray(g, np.float64) * d[m][i]).sum(axis=(-2, -1)) for i in range(2)] for m, g in enumerate(gradients)
-    ]
-    found = expected_increase(model, windows, found_at, key=KEY)
-    # Sums of 1,024 float32 products of either sign, of three sequences: 1e-5 of the largest.
-    expected = np.moveaxis(np.array(expected), (0, 1), (2, 3))
-    np.testing.assert_allclose(found.gradient, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
-    assert found.gradient.shape == (2, 4, 3, 2) and np.all(np.abs(expected).max(axis=(0, 1)) > 0)
-
-
-def test_curvature_is_that_of_the_fisher_matrix() -> None:
-    """The same window many times over: the mean of the sampled labels against all labels enumerated."""
-    config = tiny_config(**SMALL)
-    model, window = made(config), random_tokens(config, 2, (1, 6))
-    found_at = quantized(model, (2, 3))
-    found = expected_increase(model, jnp.repeat(window, 300, axis=0), found_at, key=KEY)
+def test_parts_are_those_of_enumerated_labels() -> None:
+    """The gradient g . d of the text's labels, and sampled labels against all labels by their probability."""
+    model = made(CONFIG)
+    found_at = quantized(model, LEVELS)
+    found = expected_increase(model, WINDOWS, found_at, key=KEY)
     experts = model.params.layers.moe.experts
 
     def log_probs(gate, up, down):
-        return jax.nn.log_softmax(forward(replaced(model.params, gate=gate, up=up, down=down), window[:, :-1], config))
+        return jax.nn.log_softmax(forward(replaced(model.params, gate=gate, up=up, down=down), WINDOW[:, :-1], CONFIG))
 
     arguments = (experts.gate, experts.up, experts.down)
-    probabilities = np.exp(np.asarray(log_probs(*arguments)[0], np.float64))
+    probabilities = np.exp(np.asarray(log_probs(*arguments), np.float64))
     jacobians = jax.jit(jax.jacrev(log_probs, argnums=(0, 1, 2)))(*arguments)
+    own = np.asarray(jax.nn.one_hot(WINDOW[:, 1:], CONFIG.vocab_size))
     d = changes(model, found_at)
-    for matrix, level in np.ndindex(3, 2):
-        j = np.asarray(jacobians[matrix][0], np.float64)  # [positions, vocabulary, layers, experts, K, N]
-        projected = (j * d[matrix][level]).sum(axis=(-2, -1))
-        expected = (probabilities[..., None, None] * projected**2).sum(axis=(0, 1)) / (2 * 5)
-        error = 4.5 * found.standard_error[..., matrix, level] + 1e-4 * expected.max()
-        assert np.all(np.abs(found.curvature[..., matrix, level] - expected) <= error)
-        assert np.all(error < 0.5 * expected.max())  # else the comparison says nothing
+    for matrix, level in np.ndindex(3, len(LEVELS)):
+        j = np.asarray(jacobians[matrix])  # [1, positions, vocabulary, layers, experts, K, N]
+        projected = np.einsum("...kn,...kn->...", j, d[matrix][level])
+        gradient = -(own[..., None, None] * projected).sum(axis=(0, 1, 2)) / own[..., 0].size
+        # Sums of 1,024 float32 products of either sign, times 5 tokens: 1e-5 of the largest.
+        atol = 1e-5 * np.abs(gradient).max()
+        np.testing.assert_allclose(found.gradient[..., matrix, level], gradient, rtol=1e-4, atol=atol)
+        curvature = (probabilities[..., None, None] * projected**2).sum(axis=(0, 1, 2)) / (2 * own[..., 0].size)
+        error = 4.5 * found.standard_error[..., matrix, level] + 1e-4 * curvature.max()
+        assert np.all(np.abs(found.curvature[..., matrix, level] - curvature) <= error)
+        assert np.all(error < 0.5 * curvature.max())  # else the comparison says nothing
+
+
+def test_sequences_are_averaged() -> None:
+    model, other = made(CONFIG), random_tokens(CONFIG, 5, (1, 6))
+    found_at = quantized(model, LEVELS)
+    of_one, of_other, of_both = (
+        expected_increase(model, windows, found_at, key=KEY)
+        for windows in (WINDOWS, jnp.tile(other, (300, 1)), jnp.tile(jnp.concatenate([WINDOW, other]), (150, 1)))
+    )
+    mean = (of_one.gradient + of_other.gradient) / 2
+    np.testing.assert_allclose(of_both.gradient, mean, rtol=1e-4, atol=1e-6 * np.abs(mean).max())
+    keys, levels = jax.random.split(KEY, 300), {name: tuple(found_at[name]) for name in EXPERT_MATRICES}
+    sampled, own = _per_sequence(model.params, WINDOWS, keys, levels, CONFIG)
+    per_token = np.asarray(own["up"], np.float64) / 5 + np.asarray(sampled["up"], np.float64) ** 2 / 10
+    np.testing.assert_allclose(of_one.standard_error[..., 1, :], per_token.std(0, ddof=1) / np.sqrt(300), atol=1e-12)
+    np.testing.assert_allclose(of_one.total[..., 1, :], per_token.mean(0), atol=1e-12)
+    np.testing.assert_allclose(of_both.total, of_both.gradient + of_both.curvature)
 
 
 def test_a_finer_grid_costs_less_and_the_budget_is_kept() -> None:
-    config = tiny_config(**SMALL)
-    model, windows, levels = made(config), random_tokens(config, 4, (8, 9)), (1, 2, 3, 4, 8)
-    found = expected_increase(model, windows, quantized(model, levels), key=KEY)
-    assert found.curvature.shape == (1, 4, 3, 5) and np.all(found.curvature >= 0)
+    model = made(CONFIG)
+    found = expected_increase(model, WINDOWS, quantized(model, LEVELS), key=KEY)
+    assert np.all(found.curvature >= 0)
     assert np.all(np.diff(found.curvature.sum(axis=(0, 1, 2))) < 0)
-    sizes = expert_bytes(config, levels, group=32, symmetric=True)
-    plan = bits_within(found.curvature, sizes, levels, int(4 * sizes[:, 2].sum()))
-    assert plan.stored <= 4 * sizes[:, 2].sum() and plan.gap == 0
+    sizes = expert_bytes(CONFIG, LEVELS, group=32, symmetric=True)
+    plan = bits_within(found.curvature, sizes, LEVELS, int(8 * sizes[:, 2].sum()))
+    assert plan.stored <= 8 * sizes[:, 2].sum() and plan.gap == 0
     assert plan.increase < found.curvature[..., 2].sum()  # better than 3 bits everywhere
 
 
 def test_bad_input_is_refused() -> None:
-    config = tiny_config(**SMALL)
-    model, windows = made(config), random_tokens(config, 4, (8, 9))  # as above: compiled once
-    fine = quantized(model, (1, 2, 3, 4, 8))
+    model, windows = made(CONFIG), WINDOWS
+    fine = quantized(model, LEVELS)
     other = jax.tree.map(lambda leaf: leaf[:, :2], fine["up"])
     for text, given, message in (
         (windows[:1], fine, "at least 2"),
@@ -130,7 +132,7 @@ def test_bad_input_is_refused() -> None:
         (windows, {"gate": fine["gate"]}, "quantized holds gate: give gate, up, down"),
         (windows, fine | {"up": fine["up"] * 2}, "same levels"),
         (windows, {name: [] for name in EXPERT_MATRICES}, "at least one"),
-        (windows, fine | {"up": other}, r"quantized up has the shape \[1, 2, 32, 32\], not \[1, 4, 32, 32\]"),
+        (windows, fine | {"up": other}, r"quantized up has the shape \[2, 2, 32, 32\], not \[2, 4, 32, 32\]"),
     ):
         with pytest.raises(InputError, match=message):
             expected_increase(model, text, given, key=KEY)
