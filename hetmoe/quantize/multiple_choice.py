@@ -45,7 +45,7 @@ def choose(losses: np.ndarray, costs: np.ndarray, budget: int, *, most_states: i
         losses: of each option, `[items, options]`; any sign.
         costs: whole numbers of at least 0, `[items, options]`.
         budget: whole.
-        most_states: kept after an item; 0.1 MB per item at the most.
+        most_states: kept after an item; 0.3 MB per item at the most.
 
     Raises:
         InputError: for losses that are not finite, costs that are negative or not whole, costs that even the cheapest
