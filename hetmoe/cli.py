@@ -200,7 +200,10 @@ def eval(  # noqa: A001
     batch: Annotated[int, typer.Option(help="Windows run at once.")] = 16,
     jobs: Annotated[int | None, typer.Option(help="Seeds run side by side; default 2 on CPU, 1 elsewhere.")] = None,
     weights: Annotated[
-        str, typer.Option(help="When crossbars are programmed: stored, layer or kernel (same numbers, less memory).")
+        str,
+        typer.Option(
+            help="When crossbars are programmed: stored (once), layer or kernel (in every pass: less memory)."
+        ),
     ] = "stored",
     implementation: IMPLEMENTATION = "xla",
     input_range: INPUT_RANGE = "ema_std",

@@ -43,7 +43,11 @@ CALIBRATION = Annotated[
     Path | None, typer.Option(help="Input ranges and lambda made by 'hetmoe calibrate', instead of from text.")
 ]
 IMPLEMENTATION = Annotated[
-    str, typer.Option(help="Of products of experts and crossbars: xla, or pallas (TPU, NVIDIA GPU).")
+    str,
+    typer.Option(
+        help="Of products of experts and crossbars: xla, pallas (TPU, NVIDIA GPU); for checks interpret_tpu or "
+        "interpret_cuda (slow)."
+    ),
 ]
 SEEDS = Annotated[int, typer.Option(help="Noise seeds.")]
 SEED = Annotated[int, typer.Option(help="Base seed.")]

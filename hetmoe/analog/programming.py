@@ -66,12 +66,15 @@ def seeded_weights(key: jax.Array, *, dense: bool, when: Programming) -> SeededW
     | `when="layer"` | those of one layer | in every forward pass, layer by layer |
     | `when="kernel"` | one matrix; with `implementation="pallas"` none | in every forward pass, at every product |
 
+    All draw the same noise. XLA differentiates it, where it depends on the weights, as the device model says; kernels
+    that draw it take the difference to the clean weights as a constant.
+
     Under `jax.vmap` the memory of the last two is that for every seed. A kernel draws a weight once for all blocks of
     rows that it multiplies together on TPU, and once for every block (up to 128 rows) on a GPU: it is for few rows, as
     in decoding. The maxima that the ADCs need cost one more drawing.
 
     Args:
-        key: the noise seed, a scalar threefry key.
+        key: the noise seed, a scalar threefry key (of several, one for each element of a `jax.vmap`).
         dense: also program what is outside the routed experts (needed by plans that put any of it on crossbars).
         when: `"layer"` or `"kernel"`.
 

@@ -224,7 +224,9 @@ def forward(
         calibration: static DAC input ranges; None = dynamic (`max|x|` per token and row-block).
         read_key: key of the per-product read noise, if `spec.read_noise` is set.
         implementation: of the products of routed experts, digital or analog, and of dense modules on crossbars:
-            `"xla"`, `"pallas"` (TPU and NVIDIA GPU, without read noise), or None for `"xla"`; static.
+            `"xla"`, `"pallas"` (TPU and NVIDIA GPU, without read noise), `"interpret_tpu"` or `"interpret_cuda"` (those
+            kernels, operation by operation on any device, for checks), or None for `"xla"`; static. Lower for one
+            platform at a time.
 
     Returns:
         float32 logits.
