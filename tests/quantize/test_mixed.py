@@ -7,7 +7,8 @@ import pytest
 
 from hetmoe.errors import InputError
 from hetmoe.quantize.mixed import attach, dense, detach, expert_weights, make_mixed
-from tests.quantize.random_quantized import random_mixed
+from hetmoe.quantize.packed import pack
+from tests.quantize.random_quantized import GRIDS, random_mixed, random_quantized
 
 POOL = np.array([[0, 3, 1, 0, 2], [2, 1, 1, 3, 3], [0, 0, 0, 0, 0]])  # another share of each in every layer
 ROUNDING = 3 * 2.0**-24  # of two float32 operations, relative
@@ -60,5 +61,8 @@ def test_pools_that_do_not_fit_are_refused() -> None:
         make_mixed([w], np.zeros((1, 2), int))
     with pytest.raises(InputError, match=r"pools hold \[3\] matrices, and \[3\] of 4 experts"):
         make_mixed([w], np.array([[0, 0, 0, 1]]))
+    packed = pack(random_quantized(np.random.default_rng(0), GRIDS[0], 1, 64, 3))
     with pytest.raises(InputError, match="must have one shape"):
-        make_mixed([w, jnp.ones((1, 64, 3))], np.array([[0, 0, 0, 1]]))
+        make_mixed([w, packed], np.array([[0, 0, 0, 1]]))
+    with pytest.raises(InputError, match="two pools are not quantized"):
+        make_mixed([w, w[:1]], np.array([[0, 0, 0, 1]]))
