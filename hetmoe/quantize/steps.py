@@ -1,11 +1,11 @@
-"""The steps and zeros that round-to-nearest needs, which the other quantisers start from, and the codes nearest to weights.
+"""The steps and zeros that round-to-nearest needs and other quantisers start from, and the codes nearest to weights.
 
 Weights come in groups, `[..., groups, group, N]` in float32 (`grouped`).
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Float16, UInt8
 
 from hetmoe.errors import InputError
@@ -33,7 +33,7 @@ def check_weights(w: Array, grid: Grid, name: str) -> None:
         grid.groups_of(w.shape[-2])
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
-    if isinstance(w, jax.core.Tracer) or w.size == 0:
+    if isinstance(w, Tracer) or w.size == 0:
         return
     largest = float(jnp.max(jnp.abs(w)))  # NaN if any is
     if not largest <= LARGEST_WEIGHT:
@@ -89,8 +89,12 @@ def nearest_codes(
     grid: Grid,
 ) -> UInt8[Array, "*lead groups group N"]:
     """The codes nearest to weights for the stored steps and zeros."""
-    position = groups / divisor(scale)[..., None, :] + zero_or_middle(zero, grid)[..., None, :]
-    return jnp.clip(jnp.round(position), 0, grid.largest).astype(jnp.uint8)
+    return round_codes(groups, scale[..., None, :], zero_or_middle(zero, grid)[..., None, :], grid)
+
+
+def round_codes(w: Array, scale: Array, zero: Array, grid: Grid) -> Array:
+    """The codes nearest to weights, elementwise; zeros in float32."""
+    return jnp.clip(jnp.round(w / divisor(scale) + zero), 0, grid.largest).astype(jnp.uint8)
 
 
 def divisor(scale: Array) -> Array:
