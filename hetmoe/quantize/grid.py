@@ -73,10 +73,10 @@ def dequantize(quantized: Quantized) -> Float[Array, "*lead K N"]:
     *lead, rows, columns = quantized.codes.shape
     grouped = quantized.codes.reshape(*lead, -1, grid.group, columns).astype(jnp.float32)
     scale = quantized.scale.astype(jnp.float32)[..., None, :]
-    zero = zero_or_middle(quantized.zero, grid)[..., None, :]
+    zero = zero_or_middle(quantized.scale, quantized.zero, grid)[..., None, :]
     return ((grouped - zero) * scale).reshape(*lead, rows, columns)
 
 
-def zero_or_middle(zero: Array | None, grid: Grid) -> Array:
-    """The zeros as float32; without any (symmetric), the middle of the codes as `[1, 1]`, groups and columns."""
-    return jnp.full((1, 1), grid.largest / 2, jnp.float32) if zero is None else zero.astype(jnp.float32)
+def zero_or_middle(scale: Array, zero: Array | None, grid: Grid) -> Array:
+    """The zeros as float32; without any (symmetric), the middle of the codes for every step."""
+    return jnp.full(scale.shape, grid.largest / 2, jnp.float32) if zero is None else zero.astype(jnp.float32)

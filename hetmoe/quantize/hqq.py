@@ -113,5 +113,5 @@ def _error(groups: Array, scale: Array, zero: Array | None, grid: Grid) -> Array
 def _codes_and_rest(groups: Array, scale: Array, zero: Array | None, grid: Grid) -> tuple[Array, Array]:
     """Codes in float32, and what weights are more than their levels."""
     codes = nearest_codes(groups, scale, zero, grid).astype(jnp.float32)
-    levels = (codes - zero_or_middle(zero, grid)[..., None, :]) * scale.astype(jnp.float32)[..., None, :]
+    levels = (codes - zero_or_middle(scale, zero, grid)[..., None, :]) * scale.astype(jnp.float32)[..., None, :]
     return codes, groups - levels

@@ -89,7 +89,7 @@ def nearest_codes(
     grid: Grid,
 ) -> UInt8[Array, "*lead groups group N"]:
     """The codes nearest to weights for the stored steps and zeros."""
-    return round_codes(groups, scale[..., None, :], zero_or_middle(zero, grid)[..., None, :], grid)
+    return round_codes(groups, scale[..., None, :], zero_or_middle(scale, zero, grid)[..., None, :], grid)
 
 
 def round_codes(w: Array, scale: Array, zero: Array, grid: Grid) -> Array:
