@@ -3,6 +3,7 @@
 Weights come in groups, `[..., groups, group, N]` in float32 (`grouped`).
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -35,7 +36,8 @@ def check_weights(w: Array, grid: Grid, name: str) -> None:
         raise InputError(f"{name}: {error}") from None
     if isinstance(w, Tracer) or w.size == 0:
         return
-    largest = float(jnp.max(jnp.abs(w)))  # NaN if any is
+    with jax.ensure_compile_time_eval():  # also for a known array in a function that is being traced
+        largest = float(jnp.max(jnp.abs(w)))  # NaN if any is
     if not largest <= LARGEST_WEIGHT:
         where = np.argwhere(~(np.abs(np.asarray(w, np.float32)) <= LARGEST_WEIGHT))
         first = ", ".join(map(str, where[0]))

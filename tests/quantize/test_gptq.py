@@ -12,7 +12,7 @@ from hetmoe.quantize.gptq import GptqOptions, gptq
 from hetmoe.quantize.grid import Grid, dequantize
 from hetmoe.quantize.hessian import Hessians
 from hetmoe.quantize.rtn import round_to_nearest
-from tests.quantize.grids import SOME_GRIDS, grid_name, heavy_tailed, slack, steps_and_zeros, values_of
+from tests.quantize.grids import SOME_GRIDS, grid_name, heavy_tailed, steps_and_zeros, values_of
 
 EXPERTS, ROWS, COLUMNS = 2, 128, 6
 ALONE = GptqOptions(prior=0)  # every expert by its own Hessian
@@ -95,3 +95,136 @@ def test_codes_are_those_of_optimal_brain_quantization(grid):
             compared += len(clear)
         assert int(found.fell_back[expert]) == fallen.sum()
     assert compared >= 0.7 * w.size
+
+
+def test_errors_are_those_of_the_codes_and_never_above_round_to_nearest():
+    """An expert with few tokens is quantized for the mean of both, which its own data may regret."""
+    w, total = weights(1), correlated().copy()
+    total[0] = correlated(tokens=10, seed=1)[0]
+    found = gptq(jnp.asarray(w), given(total, [10, 400]), GRID, GptqOptions())
+    nearest = round_to_nearest(jnp.asarray(w), GRID)
+    error = column_errors(w, values_of(found.quantized), total)
+    rtn_error = column_errors(w, values_of(nearest), total)
+    # Float32 sums of 128 x 128 terms, of which the largest energies dominate: 1e-4 holds with room to spare.
+    np.testing.assert_allclose(found.error, error, rtol=1e-4)
+    np.testing.assert_allclose(found.rtn_error, rtn_error, rtol=1e-4)
+    assert (np.asarray(found.error) <= np.asarray(found.rtn_error)).all()
+    same = (np.asarray(found.quantized.codes) == np.asarray(nearest.codes)).all(axis=1)
+    np.testing.assert_array_equal(found.fell_back, same.sum(axis=1))
+    assert 0 < int(found.fell_back[0]) < COLUMNS and int(found.fell_back[1]) == 0
+    assert error[1].sum() < 0.8 * rtn_error[1].sum()
+
+
+@pytest.mark.parametrize("grid", [GRID, Grid(bits=1, group=32, symmetric=True)], ids=grid_name)
+def test_independent_inputs_are_rounded_to_nearest(grid):
+    """A diagonal Hessian, and none at all."""
+    energies = np.exp(np.random.default_rng(0).normal(size=ROWS)).astype(np.float32)
+    total = np.stack([np.diag(energies), np.zeros((ROWS, ROWS), np.float32)])
+    w = jnp.asarray(weights())
+    found, nearest = gptq(w, given(total), grid, ALONE), round_to_nearest(w, grid)
+    np.testing.assert_array_equal(found.quantized.codes, nearest.codes)
+    np.testing.assert_array_equal(found.fell_back, 0)
+    np.testing.assert_array_equal(found.error[1], 0)
+
+
+def test_rows_of_dead_inputs_are_rounded_to_nearest():
+    total = correlated().copy()
+    dead = np.arange(ROWS) % 7 == 3
+    total[:, dead], total[:, :, dead] = 0, 0
+    w = jnp.asarray(weights())
+    found, nearest = gptq(w, given(total), GRID, ALONE), round_to_nearest(w, GRID)
+    np.testing.assert_array_equal(found.quantized.codes[:, dead], nearest.codes[:, dead])
+    assert (np.asarray(found.quantized.codes) != np.asarray(nearest.codes)).mean() > 0.1
+    assert (np.asarray(found.error) < np.asarray(found.rtn_error)).mean() > 0.9
+
+
+def test_a_factor_of_the_hessian_changes_no_code():
+    w = jnp.asarray(weights())
+    once = gptq(w, given(correlated()), GRID, ALONE)
+    for factor in (2.0**-60, 2.0**60):
+        scaled = gptq(w, given(correlated() * np.float32(factor)), GRID, ALONE)
+        np.testing.assert_array_equal(once.quantized.codes, scaled.quantized.codes)
+
+
+def test_experts_with_few_tokens_lean_on_the_mean_of_the_layer():
+    """n0 = K tokens of the mean are added, and an expert without tokens takes the mean alone."""
+    w, total = weights(), correlated().copy()
+    total[1] = 0
+    found = gptq(jnp.asarray(w), given(total, [400, 0]), GRID, GptqOptions())
+    mean = total.astype(np.float64).sum(axis=0) / 400
+    stated = np.stack([total[0] + ROWS * mean, mean]).astype(np.float32)
+    alone = gptq(jnp.asarray(w), given(stated), GRID, ALONE)
+    assert not np.asarray(alone.fell_back).any() and not np.asarray(found.fell_back).any()
+    # The sums differ by rounding, which may move a weight that is half-way between codes and those after it.
+    assert (np.asarray(found.quantized.codes) == np.asarray(alone.quantized.codes)).mean() > 0.99
+    np.testing.assert_array_equal(found.rtn_error[1], 0)
+    assert (
+        np.asarray(gptq(jnp.asarray(w), given(total), GRID, ALONE).quantized.codes[1]) != alone.quantized.codes[1]
+    ).any()
+
+
+def test_more_damping_where_the_hessian_is_not_positive_definite():
+    """The first of 0.01, 0.1, ... 1000 mean diagonals that outweighs the lowest eigenvalue, if any does."""
+    pair = np.zeros((EXPERTS, ROWS, ROWS), np.float32)
+    for expert, off in enumerate([3.0, 1e5]):
+        pair[expert] = np.eye(ROWS)
+        pair[expert, 0, 1] = pair[expert, 1, 0] = off
+    lowest = np.linalg.eigvalsh(pair.astype(np.float64))[:, 0]
+    np.testing.assert_allclose(lowest, [-2, 1 - 1e5])
+    w = jnp.asarray(weights())
+    found = gptq(w, given(pair), GRID, ALONE)
+    np.testing.assert_array_equal(found.factored, [True, False])
+    np.testing.assert_allclose(found.damping[0], 10, rtol=1e-6)
+    nearest = round_to_nearest(w, GRID)
+    np.testing.assert_array_equal(found.quantized.codes[1], nearest.codes[1])
+    np.testing.assert_array_equal(found.fell_back[1], COLUMNS)
+    assert np.isfinite(np.asarray(found.error)).all()
+
+
+def test_a_hessian_that_is_no_number_leaves_round_to_nearest_under_jit_and_is_refused_outside():
+    total = correlated().copy()
+    total[1, 3, 4] = np.nan
+    w = jnp.asarray(weights())
+    found = jax.jit(lambda total: gptq(w, given(correlated()).replace(total=total), GRID, ALONE))(jnp.asarray(total))
+    # The mean of the layer is unknown, and with it what any expert should be quantized for.
+    np.testing.assert_array_equal(found.quantized.codes, round_to_nearest(w, GRID).codes)
+    np.testing.assert_array_equal(found.fell_back, COLUMNS)
+    assert not found.factored.any() and np.isfinite(np.asarray(dequantize(found.quantized))).all()
+    with pytest.raises(InputError, match="Hessian of expert 1 of layer 2 up has NaN or infinite values"):
+        gptq(w, given(total), GRID, ALONE, name="layer 2 up")
+
+
+def test_narrow_and_tiny_weights():
+    """bfloat16 counts as what it holds; steps below float16's smallest still give numbers."""
+    w = jnp.asarray(weights()).astype(jnp.bfloat16)
+    hessians = given(correlated())
+    narrow, wide = gptq(w, hessians, GRID, ALONE), gptq(w.astype(jnp.float32), hessians, GRID, ALONE)
+    jax.tree.map(np.testing.assert_array_equal, narrow, wide)
+    tiny = gptq(jnp.asarray(weights() * np.float32(1e-8)), hessians, GRID, ALONE)
+    assert np.isfinite(np.asarray(dequantize(tiny.quantized))).all() and bool(tiny.factored.all())
+    assert (np.asarray(tiny.error) <= np.asarray(tiny.rtn_error)).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda total: total[:, :64, :64], r"Hessians \[2, 64, 64\] .* do not belong to gate \[2, 128, 6\]"),
+        (lambda total: total[:1], r"they must be \[2, 128, 128\] and \[2\]"),
+        (lambda total: -total, "expert 0 of gate has a negative diagonal"),
+        (lambda total: total + np.triu(total, 1), "is not symmetric"),
+        (lambda total: total * np.float32(np.inf), "NaN or infinite"),
+    ],
+)
+def test_wrong_hessians_are_refused(change, message):
+    with np.errstate(invalid="ignore"):
+        total = change(correlated())
+    with pytest.raises(InputError, match=message):
+        gptq(jnp.asarray(weights()), given(total), GRID, ALONE, name="gate")
+
+
+def test_wrong_weights_and_options_are_refused():
+    with pytest.raises(InputError, match="gate has 1536 weights that are NaN"):
+        gptq(jnp.full((EXPERTS, ROWS, COLUMNS), jnp.nan), given(correlated()), GRID, ALONE, name="gate")
+    for name, value in [("damping", 0.0), ("damping", np.nan), ("prior", -1.0), ("prior", np.inf)]:
+        with pytest.raises(InputError, match=f"{name}="):
+            GptqOptions(**{name: value})

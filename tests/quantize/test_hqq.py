@@ -46,18 +46,16 @@ class Published:
         return float(near)
 
     def run(self, w, grid):
-        beta, error = 10.0, None
+        beta, error, previous = 10.0, np.inf, (self.step, self.zero)
         for _ in range(21):  # the start and 20 rounds
             q = self.codes(w, grid)
             rest = w - (q - self.zero) * self.step
             now = float((np.abs(rest) ** 0.7).sum())
-            if error is not None:
-                if (self.step, self.zero) != previous:
-                    # Sums of at most 128 terms of float32, each term off by what its level is.
-                    self.margin = min(self.margin, abs(now - error) / (slack(grid) * error))
-                if now >= error:
-                    self.step, self.zero = previous
-                    return
+            if np.isfinite(error) and (self.step, self.zero) != previous:
+                # Sums of at most 128 terms in float32, each term off by what its level is.
+                self.margin = min(self.margin, abs(now - error) / (slack(grid) * error))
+            if now >= error:
+                break
             error, previous = now, (self.step, self.zero)
             with np.errstate(divide="ignore"):
                 outlier = np.sign(rest) * np.maximum(np.abs(rest) - np.abs(rest) ** (0.7 - 1) / beta, 0)
