@@ -51,7 +51,8 @@ class GptqOptions:
 class GptqResult:
     """Quantized experts, and the errors `(w - q)^T H (w - q)` of their columns for the expert's own H.
 
-    That is the squared change of an output, summed over the calibration tokens that reached the expert.
+    That is the squared change of an output, summed over the calibration tokens that reached the expert, as far as
+    float32 sums of K x K terms give it: terms of few tokens cancel.
     """
 
     quantized: Quantized
