@@ -97,20 +97,21 @@ def test_codes_are_those_of_optimal_brain_quantization(grid):
 
 
 def test_errors_are_those_of_the_codes_and_never_above_round_to_nearest():
-    """An expert with few tokens is quantized for the mean of both, which its own data may regret."""
+    """An expert with few tokens is quantized for the mean of both: compensated the wrong way for its own inputs."""
     w, total = weights(1), correlated().copy()
-    total[0] = correlated(tokens=2, seed=1)[0]
+    signs = np.random.default_rng(2).choice(np.float32([-1, 1]), ROWS)
+    total[0] = total[1] * np.outer(signs, signs) / 200
     found = gptq(jnp.asarray(w), given(total, [2, 400]), GRID, GptqOptions())
     nearest = round_to_nearest(jnp.asarray(w), GRID)
     for stated, quantized in [(found.error, found.quantized), (found.rtn_error, nearest)]:
         values = values_of(quantized)
-        # Two sums of 128 terms in float32; with two tokens, terms cancel.
+        # Two sums of 128 terms in float32.
         bound = 2 * 128 * 2.0**-24 * column_errors(np.abs(w - values), 0, np.abs(total))
         assert (np.abs(stated - column_errors(w, values, total)) <= bound).all()
     assert (np.asarray(found.error) <= np.asarray(found.rtn_error)).all()
     same = (np.asarray(found.quantized.codes) == np.asarray(nearest.codes)).all(axis=1)
     np.testing.assert_array_equal(found.fell_back, same.sum(axis=1))
-    assert 0 < int(found.fell_back[0]) < COLUMNS and int(found.fell_back[1]) == 0
+    assert int(found.fell_back[0]) > 0 and int(found.fell_back[1]) == 0
     assert float(found.error[1].sum()) < 0.8 * float(found.rtn_error[1].sum())
 
 
@@ -145,27 +146,28 @@ def test_a_factor_of_the_hessian_changes_no_code():
         np.testing.assert_array_equal(once.quantized.codes, scaled.quantized.codes)
 
 
-def test_experts_with_few_tokens_lean_on_the_mean_of_the_layer():
-    """n0 = K tokens of the mean are added, and an expert without tokens takes the mean alone."""
+@pytest.mark.parametrize("few", [50, 0])
+def test_experts_with_few_tokens_lean_on_the_mean_of_the_layer(few):
+    """n0 = K tokens of the mean are added; an expert without tokens takes the mean alone."""
     w, total = weights(), correlated().copy()
-    total[1] = 0
-    found = gptq(jnp.asarray(w), given(total, [400, 0]), GRID, GptqOptions())
-    mean = total.astype(np.float64).sum(axis=0) / 400
-    stated = np.stack([total[0] + ROWS * mean, mean]).astype(np.float32)
-    alone = gptq(jnp.asarray(w), given(stated), GRID, ALONE)
-    assert not np.asarray(alone.fell_back).any() and not np.asarray(found.fell_back).any()
+    total[1] *= few / 400
+    found = gptq(jnp.asarray(w), given(total, [400, few]), GRID, GptqOptions())
+    stated = total + ROWS * total.astype(np.float64).sum(axis=0) / (400 + few)
+    alone = gptq(jnp.asarray(w), given(stated.astype(np.float32)), GRID, ALONE)
+    # Columns may fall back by the expert's own Hessian; without tokens all errors are 0, and none does.
+    own = np.asarray((found.error < found.rtn_error) | (found.rtn_error == 0)) & np.asarray(
+        alone.error < alone.rtn_error
+    )
+    assert own.mean() > 0.7
     # The sums differ by rounding, which may move a weight that is half-way between codes and those after it.
-    assert (np.asarray(found.quantized.codes) == np.asarray(alone.quantized.codes)).mean() > 0.99
-    np.testing.assert_array_equal(found.rtn_error[1], 0)
-    assert (
-        np.asarray(gptq(jnp.asarray(w), given(total), GRID, ALONE).quantized.codes[1]) != alone.quantized.codes[1]
-    ).any()
+    same = np.asarray(found.quantized.codes == alone.quantized.codes).mean(axis=1)
+    assert same[own].min() > 0.95 and same[own].mean() > 0.99
 
 
 def test_more_damping_where_the_hessian_is_not_positive_definite():
     """The first of 0.01, 0.1, ... 1000 mean diagonals that outweighs the lowest eigenvalue, if any does."""
     pair = np.zeros((EXPERTS, ROWS, ROWS), np.float32)
-    for expert, off in enumerate([3.0, 1e5]):
+    for expert, off in enumerate([3.0, -1e5]):
         pair[expert] = np.eye(ROWS)
         pair[expert, 0, 1] = pair[expert, 1, 0] = off
     lowest = np.linalg.eigvalsh(pair.astype(np.float64))[:, 0]

@@ -49,7 +49,7 @@ def test_every_weight_gets_the_nearest_of_all_levels(grid):
 @pytest.mark.parametrize("grid", ALL_GRIDS, ids=grid_name)
 def test_the_step_is_the_smallest_that_covers_rounded_up(grid):
     w = heavy_tailed(7, *SHAPE)
-    w[:, 1], w[:, 2] = np.abs(w[:, 1]), -np.abs(w[:, 2])
+    w[:, 1], w[:, 2], w[:, 3], w[:, 4] = np.abs(w[:, 1]), -np.abs(w[:, 2]), 0.01, -0.01
     quantized = round_to_nearest(jnp.asarray(w), grid)
     scale = np.asarray(quantized.scale)
     groups = w.astype(np.float64).reshape(-1, grid.group, SHAPE[1])
