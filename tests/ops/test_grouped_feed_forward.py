@@ -95,3 +95,11 @@ def test_unused_blocks_are_not_multiplied() -> None:
 def test_work_is_three_products_per_slot() -> None:
     once = len(EXPERT) * BLOCK * HIDDEN * INNER
     assert multiplications(run, *map(jnp.asarray, (inputs(), *weights()))) == 3 * once
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_platform_decides_on_ragged_dot(platform: str) -> None:
+    """Where every matrix takes all blocks in turn, each is one `ragged_dot`; a loop over blocks has none."""
+    traced = jax.jit(run).trace(*map(jnp.asarray, (inputs(), *weights())))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count('chlo.ragged_dot"') == (3 if platform == "tpu" else 0)
