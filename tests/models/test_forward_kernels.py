@@ -16,6 +16,7 @@ import pytest
 from hetmoe.analog.programming import SeededWeights, program, seeded_weights
 from hetmoe.analog.spec import AnalogSpec, analog_spec
 from hetmoe.errors import InputError
+from hetmoe.models import moe
 from hetmoe.models.params import Params
 from hetmoe.models.transformer import forward
 from hetmoe.placement.plan import Plan, all_analog, experts_analog
@@ -123,6 +124,31 @@ def test_vmap_over_keys_is_a_loop() -> None:
 
     for found, key in zip(np.asarray(jax.jit(jax.vmap(one))(keys)), keys, strict=True):
         assert_same(found, logits(SMALL, plan, spec, seeded_weights(key, dense=False, when="kernel"), "xla"))
+
+
+@pytest.mark.parametrize(("name", "rows"), [("xla", 8), *((kernel, 16) for kernel in KERNELS)])
+def test_blocks_of_kernels_have_at_least_16_rows(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """54 token copies for 8 experts fit blocks of 8 rows in XLA, which no kernel's matrix unit takes."""
+    seen: dict[str, set[int]] = {"digital_products": set(), "expert_products": set()}
+    for function, found in seen.items():
+        original = getattr(moe, function)
+
+        def spy(x: jax.Array, *given: Any, original: Any = original, found: Any = found, **named: Any) -> Any:
+            found.add(x.shape[1])
+            return original(x, *given, **named)
+
+        monkeypatch.setattr(moe, function, spy)
+    spec, tokens = ideal(), random_tokens(FULL, 1, (2, 9))
+    stored = jax.eval_shape(functools.partial(program, dense=False), KEY, params(FULL), spec)
+
+    def run(programmed: Any, plan: Plan | None) -> jax.Array:
+        analog: dict[str, Any] = {} if plan is None else {"plan": plan, "spec": spec, "programmed": programmed}
+        return forward(params(FULL), tokens, FULL, implementation=name, **analog)
+
+    jax.eval_shape(run, stored, None)
+    jax.eval_shape(run, stored, experts_analog(FULL))
+    # Without crossbars XLA's experts go through all matrices block by block, by another function.
+    assert seen == {"digital_products": set() if name == "xla" else {rows}, "expert_products": {rows}}
 
 
 def test_bad_input() -> None:
