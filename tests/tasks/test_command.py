@@ -1,11 +1,16 @@
-"""Options of `hetmoe tasks` that are refused before lm-eval is needed."""
+"""Options of `hetmoe tasks` that are refused, and settings recorded, before lm-eval is needed."""
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from hetmoe import cli
+from hetmoe.commands import tasks
+from hetmoe.evaluate.noise_sweep import Placement
+from hetmoe.placement.plan import experts_analog
+from tests.tasks.tiny import tiny_model
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -66,3 +71,18 @@ def test_an_output_that_is_a_file_is_refused(run: Run, tmp_path: Path, monkeypat
     (tmp_path / "out").write_text("mine")
     code, _, err = run()
     assert code == 2 and "is not a directory" in err
+
+
+def test_settings_of_a_folder_record_the_implementation(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results of different kernels are never kept in one folder, whose settings must be the same."""
+    requests: list[tasks.TasksRequest] = []
+    monkeypatch.setattr(tasks, "run", requests.append)
+    run()
+    run("--implementation", "interpret_tpu")
+    monkeypatch.setattr(tasks, "metadata", SimpleNamespace(version=lambda package: f"version of {package}"))
+    model = tiny_model()
+    placement = Placement(name="experts analog", plans=[experts_analog(model.config)])
+    plain, kernel = (tasks._settings(request, model, placement, []) for request in requests)
+    assert (plain["implementation"], kernel["implementation"]) == ("xla", "interpret_tpu")
+    assert plain | {"implementation": "interpret_tpu"} == kernel
+    assert plain["lm_eval"] == "version of lm_eval"
