@@ -95,6 +95,28 @@ def test_gradients_and_seeds(platform: str, seeded: bool) -> None:
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize(
+    ("model", "dtype", "tokens", "axis"),
+    [
+        ("deepseek", jnp.float32, 500, "column"),
+        ("olmoe", jnp.bfloat16, 4096, "tile"),
+        ("deepseek", jnp.bfloat16, 1, "tile"),
+    ],
+    ids=["deepseek-f32", "olmoe-bf16-long", "deepseek-bf16-one_token"],
+)
+def test_gradients_of_layers(model: str, dtype: Any, tokens: int, axis: Any, platform: str) -> None:
+    """Of inputs, clean weights and stored ones: each call of the forward pass and three of its gradients."""
+    spec = analog_spec(bound_axis=axis)
+    sides, weights, x, *rest = arguments(model, tokens, dtype, spec, seeded=False, dynamic=tokens == 1)
+
+    def loss(*given: Any) -> jax.Array:
+        return jnp.sum(layer(spec, *given))
+
+    text = lowered(jax.grad(loss, argnums=(0, 1, 2)), platform, sides, weights, x, *rest)
+    assert text.count(PLATFORMS[platform]) == 8
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("tokens", [1, 4096])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
 @pytest.mark.parametrize("model", MODELS)
