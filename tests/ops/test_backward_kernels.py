@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from hetmoe.analog.devices import Device, Stream
 from hetmoe.analog.devices.pcm import PCM
 from hetmoe.analog.tiles import block_max, row_blocks
 from hetmoe.ops.crossbar_matmul.base import CrossbarOptions
+from hetmoe.ops.grouped_crossbar import kernel_math
 from hetmoe.ops.grouped_crossbar.blocks import ANALOG, DIGITAL, EMPTY, Chip, Clean, Matrix, Noise, Tables
 from hetmoe.ops.grouped_crossbar.pallas import crossbar_blocks
 from hetmoe.ops.grouped_crossbar.shape import Static
@@ -202,6 +204,35 @@ def test_equals_the_reference(platform: Any, case: str) -> None:
         assert clean is not None and programmed is not None
         assert not np.any(clean[np.array(ANALOG_EXPERTS + UNUSED_EXPERTS)])
         assert not np.any(programmed[np.array(DIGITAL_EXPERTS + UNUSED_EXPERTS)])
+
+
+BREAKS = {
+    "passes_adc": lambda y, bound: (jnp.abs(y) >= bound).astype(jnp.int8),
+    "passes_dac": lambda x, bound: jnp.abs(x.astype(jnp.float32)) > bound,
+}
+
+
+@pytest.fixture
+def uncached() -> Iterator[None]:
+    """Compiles anew what a test changes, and again behind it."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.usefixtures("uncached")
+@PLATFORMS
+@pytest.mark.parametrize("broken", BREAKS)
+def test_a_perturbed_gradient_fails(platform: Any, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the converters clip passes its gradient on, the rest does not."""
+    monkeypatch.setattr(kernel_math, broken, BREAKS[broken])
+    x, tables, matrices, grads = data(jnp.float32, matrices=1, static_range=True, axis="tile", adc_bound=2.0)
+    arrays = without_ties(x, tables, 8), tables, matrices, grads
+    options = CrossbarOptions(dac_bits=8, adc_bits=8, bound_axis="tile", tile_rows=TILE_ROWS)
+    static = Static(options=options, device=None, interpret=platform)
+    found = jax.jit(functools.partial(gradients, static=static))(*arrays)
+    with pytest.raises(AssertionError, match="elements differ"):
+        assert_same(found, *arrays, options)
 
 
 def seeded(matrix: Matrix, words: jax.Array) -> Matrix:
