@@ -73,8 +73,7 @@ def test_digital_model_is_that_of_the_weights_that_codes_stand_for() -> None:
     assert_same(_forward(quantized, tokens(), CONFIG), _forward(plain, tokens(), CONFIG))
 
 
-@pytest.mark.parametrize("make_plan", [experts_analog, all_analog])
-@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize(("make_plan", "bits"), [(experts_analog, 8), (all_analog, None)])
 def test_analog_experts_have_the_noise_of_the_unquantized_model(make_plan: Any, bits: int | None) -> None:
     """Same draws for the same layer and expert, whatever is quantized; at 8 bits most codes are the same too."""
     quantized, plain = models()

@@ -43,8 +43,7 @@ def write_config(folder: Path, tmp_path: Path) -> Callable[..., Path]:
         path = tmp_path / name
         path.write_text(
             f'model = "{folder / "model"}"\n{head}\n[text]\nfiles = ["{folder / "text.txt"}"]\ntokens = 64\nseq = 8\n'
-            f"batch = 4\n{text}\n[grid]\n" + "\n".join(lines) + f"\n[hardware]\n{hardware}\n"
-            f"[execution]\n{execution}\n"
+            f"batch = 4\n{text}\n[grid]\n" + "\n".join(lines) + f"\n[execution]\n{execution}\n[hardware]\n{hardware}\n"
         )
         return path
 

@@ -48,7 +48,9 @@ def test_the_numbers_are_those_of_eval_and_programs_are_compiled_once(
     chex.clear_trace_counter()
     # Scale 0: three lines, or random alone; each with seeds 0 and 1. Scale 4: three lines. All analog: one line.
     traced = chex.assert_max_traces(evaluate_run.evaluate_seeds.__wrapped__, n=3)
-    monkeypatch.setattr(worker, "evaluate_seeds", jax.jit(traced, static_argnames="config"))
+    monkeypatch.setattr(
+        worker, "evaluate_seeds", jax.jit(traced, static_argnames=("config", "weights", "implementation"))
+    )
     config = write_config(noise_scales="[0, 4, 8]")
     code, out, err = run("sweep", config)
     assert code == 0, err
