@@ -12,6 +12,7 @@ from hetmoe.errors import InputError
 from hetmoe.models.config import ModelConfig
 from hetmoe.quantize.grid import Grid
 from hetmoe.quantize.multiple_choice import choose
+from hetmoe.quantize.packed import packed_bytes
 
 EXPERT_MATRICES = ("gate", "up", "down")
 
@@ -33,16 +34,6 @@ class BitPlan:
     stored: int
 
 
-def matrix_bytes(rows: int, columns: int, grid: Grid) -> int:
-    """Bytes of a packed matrix with its steps, and zeros unless symmetric, in float16; always whole.
-
-    Raises:
-        InputError: if the group does not divide the rows.
-    """
-    groups = grid.groups_of(rows)
-    return rows * columns * grid.bits // 8 + groups * columns * (2 if grid.symmetric else 4)
-
-
 def expert_bytes(
     config: ModelConfig, levels: Sequence[int], *, group: int, symmetric: bool
 ) -> Int[np.ndarray, "matrices levels"]:
@@ -54,7 +45,7 @@ def expert_bytes(
     inner, hidden = config.expert_intermediate_size, config.hidden_size
     shapes = {"gate": (hidden, inner), "up": (hidden, inner), "down": (inner, hidden)}
     grids = [Grid(bits=bits, group=group, symmetric=symmetric) for bits in levels]
-    return np.array([[matrix_bytes(*shapes[name], grid) for grid in grids] for name in EXPERT_MATRICES], np.int64)
+    return np.array([[packed_bytes(*shapes[name], grid) for grid in grids] for name in EXPERT_MATRICES], np.int64)
 
 
 def average_budget(config: ModelConfig, experts: int, average: float, *, group: int, symmetric: bool) -> int:

@@ -57,7 +57,11 @@ def dequantize_packed(packed: Packed) -> Array:
 
 
 def packed_bytes(rows: int, columns: int, grid: Grid) -> int:
-    """Bytes of one packed matrix, steps and zeros included: what `Packed` takes in memory and in a file."""
+    """Bytes of one packed matrix, steps and zeros included, that `Packed` takes in memory.
+
+    Raises:
+        InputError: if the group does not divide the rows.
+    """
     groups = grid.groups_of(rows)
     return rows * columns * grid.bits // 8 + groups * columns * (2 if grid.symmetric else 4)
 

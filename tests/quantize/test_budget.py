@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from hetmoe.errors import InputError
-from hetmoe.quantize.budget import average_budget, bits_within, expert_bytes, matrix_bytes
+from hetmoe.quantize.budget import average_budget, bits_within, expert_bytes
 from hetmoe.quantize.grid import Grid
+from hetmoe.quantize.packed import packed_bytes
 from tests.models.tiny import tiny_config
 
 CONFIG = tiny_config(hidden_size=128, expert_intermediate_size=96)
@@ -19,8 +20,8 @@ def test_bytes_are_those_of_the_arrays(bits, symmetric) -> None:
     grid = Grid(bits=bits, group=32, symmetric=symmetric)
     codes = np.packbits(np.zeros((96, 50, bits), bool))  # every bit of every code
     steps = np.zeros((3, 50), np.float16)
-    assert matrix_bytes(96, 50, grid) == codes.nbytes + steps.nbytes * (1 if symmetric else 2)
-    assert matrix_bytes(96, 50, grid) * 8 == 96 * 50 * grid.bits_per_weight
+    assert packed_bytes(96, 50, grid) == codes.nbytes + steps.nbytes * (1 if symmetric else 2)
+    assert packed_bytes(96, 50, grid) * 8 == 96 * 50 * grid.bits_per_weight
 
 
 def test_bytes_of_an_expert_by_hand() -> None:
