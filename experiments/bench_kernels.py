@@ -13,7 +13,9 @@ weights alone are 14 GB. With `--small` one to two minutes on two CPU cores, nea
     grouped       gate, up and down of OLMoE's 64 experts (top-8, 2048 x 1024), 16,384 tokens
     decode        the same with 32 tokens
     seeds         such a layer's experts for 8 noise seeds, programming included: 8 copies programmed and run, one
-                  after the other (`layer`), or programmed in the kernel; `stored`: one seed, programmed before
+                  after the other (`layer`), or programmed in the kernel, seeds one after the other (`kernel`) or in
+                  one mapped call (`kernel_vmapped`, with the inputs and results of all seeds in memory; no target);
+                  `stored`: one seed, programmed before
     seeds-decode  the same with 32 tokens
     model         log-likelihoods of 8 x 2048 tokens by an OLMoE-1B-7B of random weights for 8 seeds
     backward      the gradient of `grouped` for its rows and weights

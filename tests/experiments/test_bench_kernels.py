@@ -40,7 +40,9 @@ def test_cases_on_small_shapes(tmp_path, capsys) -> None:
 def test_every_case_on_small_shapes(tmp_path) -> None:
     record = record_of(tmp_path, None)
     assert set(record["cases"]) == set(kernel_cases.CASES)
-    assert [row["way"] for row in record["cases"]["seeds"]["rows"]] == ["stored", "kernel", "layer", "copies"]
+    assert [row["way"] for row in record["cases"]["seeds"]["rows"]] == [
+        "stored", "kernel", "kernel_vmapped", "layer", "copies",
+    ]  # fmt: skip
     assert record["cases"]["model"]["rows"][0]["tokens_per_s"] > 0
 
 
