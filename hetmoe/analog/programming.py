@@ -175,7 +175,10 @@ def _program_mixed(key: jax.Array, name: str, mixed: MixedMatrix, spec: AnalogSp
     """
     pool, has_own = unquantized(mixed)
     if pool is None:
-        raise InputError(f"all experts' {name} matrices are quantized, so there is nothing to put on crossbars")
+        raise InputError(
+            f"all experts' {name} matrices are quantized, so there is nothing to put on crossbars: only a model with "
+            "others too can be programmed"
+        )
     count, experts = pool.shape[0], has_own.shape[-1]
     slot = jnp.where(has_own, mixed.places.slot, count)  # `count` is none of them
     owner = jnp.zeros((count,), jnp.int32).at[slot.reshape(-1)].set(jnp.arange(slot.size), mode="drop")

@@ -55,15 +55,20 @@ def check_analog(
         require_key(read_key)
 
 
-def check_quantized(params: Params, plan: Plan | None) -> None:
-    """Raises InputError if a plan whose values are known puts a quantized expert on crossbars.
+def check_quantized(params: Params, plan: Plan | None, programmed: ProgrammedWeights | SeededWeights | None) -> None:
+    """Checks what a model with quantized experts is given.
 
-    If they are not known (in `jax.jit`), the results of such experts are NaN.
+    Raises:
+        InputError: if a plan whose values are known puts a quantized expert on crossbars. (If they are not known, in
+            `jax.jit`, the results of such experts are NaN.)
+        NotImplementedError: for programmed weights that are not stored.
     """
     gate = params.layers.moe.experts.gate
-    if plan is None or not isinstance(gate, MixedMatrix) or isinstance(plan.experts, Tracer):
+    if plan is None or not isinstance(gate, MixedMatrix):
         return
-    if isinstance(gate.places.pool, Tracer):
+    if isinstance(programmed, SeededWeights):
+        raise NotImplementedError("beside quantized experts, programmed weights must be stored: use program()")
+    if isinstance(plan.experts, Tracer) or isinstance(gate.places.pool, Tracer):
         return
     wrong = np.argwhere(np.asarray(plan.experts) & ~np.asarray(unquantized(gate)[1]))
     if len(wrong):

@@ -139,7 +139,7 @@ def hidden_states(
     """
     _check_inputs(params, tokens, config)
     check_analog(config, plan, spec, programmed, calibration, read_key)
-    check_quantized(params, plan)
+    check_quantized(params, plan, programmed)
     hardware: dict[bool, LayerHardware] = {}
     if plan is not None and spec is not None and programmed is not None:
         hardware = stacked_hardware(params, config, plan, spec, programmed, calibration, read_key, implementation)

@@ -21,6 +21,7 @@ from hetmoe.models.transformer import hidden_states
 from hetmoe.placement.measured import measure
 from hetmoe.placement.module_scores import ModuleScores
 from hetmoe.placement.noise_sensitivity import noise_sensitivity
+from hetmoe.quantize.mixed import refuse_quantized
 
 DownAxis = Literal["hidden", "output"]
 BATCH = 16  # sequences run at once
@@ -106,10 +107,13 @@ def score_experts(
         jobs: threads of `measured`; 2 use two CPU cores better, and no result depends on it.
 
     Raises:
-        InputError: for an unknown rule, or a missing key, tokens or spec.
+        InputError: for an unknown rule, a missing key, tokens or spec, or quantized experts under a rule that needs
+            their weights as they were.
     """
     if rule not in RULES:
         raise InputError(f"unknown rule {rule!r}: use one of {', '.join(RULES)}")
+    if rule == "max_neuron_norm":
+        refuse_quantized(model.params, f"rule {rule!r} does not score")
     if rule in DEVICE_RULES:
         found = score_modules(
             model,
@@ -155,6 +159,7 @@ def score_modules(
     """
     if rule not in DEVICE_RULES:
         raise InputError(f"rule {rule!r} scores experts only: modules are compared by {' or '.join(DEVICE_RULES)}")
+    refuse_quantized(model.params, f"rule {rule!r} does not score")
     if spec is None or key is None:
         raise InputError(f"rule {rule!r} needs spec=hetmoe.analog_spec(...) and key=jax.random.key(seed)")
     require_key(key)

@@ -29,6 +29,7 @@ from hetmoe.models.transformer import LayerHook, head_matrix
 from hetmoe.placement.loss_gradients import per_sequence, tap
 from hetmoe.quantize.budget import EXPERT_MATRICES
 from hetmoe.quantize.grid import Quantized, dequantize
+from hetmoe.quantize.mixed import refuse_quantized
 
 Levels = dict[str, tuple[Quantized, ...]]
 
@@ -94,6 +95,7 @@ def expected_increase(
 
 
 def _checked(model: Model, quantized: Mapping[str, Sequence[Quantized]]) -> Levels:
+    refuse_quantized(model.params, "expected_increase is not of")
     if set(quantized) != set(EXPERT_MATRICES):
         raise InputError(f"quantized holds {', '.join(sorted(quantized))}: give {', '.join(EXPERT_MATRICES)}")
     counts = {name: len(quantized[name]) for name in EXPERT_MATRICES}

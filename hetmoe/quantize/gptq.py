@@ -29,9 +29,7 @@ class GptqOptions:
         damping: added to the diagonal, as a fraction of its mean; above 0. The paper's is 0.01.
         prior: n0 / K, how many tokens for each of the K inputs the layer's mean Hessian counts. For an expert of n
             tokens it has the weight n0 / (n0 + n), so that an expert that no token reached is quantized for the mean
-            of the layer, and a busy one for its own inputs. At least 0. Of n0 from 0 to 8 K, K and 2 K left errors on
-            other text within 2 % of the smallest in the reference model (K = 128, 1, 2 and 4 bits, 512 to 8,192
-            tokens of calibration).
+            of the layer, and a busy one for its own inputs. At least 0.
 
     Raises:
         InputError: for values outside these ranges.

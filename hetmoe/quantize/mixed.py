@@ -100,6 +100,12 @@ def expert_weights(mixed: MixedMatrix, expert: Int[Array, ""], dtype: Any) -> Fl
     return jax.lax.switch(jnp.asarray(numbers)[mixed.places.pool[expert]], branches, slot)
 
 
+def refuse_quantized(tree: Any, what: str) -> None:
+    """Raises InputError if some matrices of a model are quantized; `what` cannot be done with them."""
+    if any(is_mixed(leaf) for leaf in jax.tree.leaves(tree, is_leaf=is_mixed)):
+        raise InputError(f"{what} a model with quantized experts: use the one that it was made from")
+
+
 def is_mixed(leaf: Any) -> bool:
     """Whether a leaf of a parameter tree is in several precisions."""
     return isinstance(leaf, MixedMatrix)

@@ -12,9 +12,12 @@ import pytest
 from hetmoe.analog.programming import program, seeded_weights
 from hetmoe.analog.spec import analog_spec
 from hetmoe.errors import InputError
+from hetmoe.models.model import Model
 from hetmoe.models.params import Params
 from hetmoe.models.transformer import forward
 from hetmoe.placement.plan import Plan, all_analog, experts_analog
+from hetmoe.placement.scores import score_experts
+from hetmoe.quantize.expected_loss import expected_increase
 from hetmoe.quantize.mixed import dense, is_mixed
 from tests.models.tiny import random_params, random_tokens, tiny_config
 from tests.quantize.random_quantized import random_mixed
@@ -110,9 +113,10 @@ def test_what_does_not_exist_is_refused() -> None:
     plan = partly(experts_analog(CONFIG))
     with pytest.raises(NotImplementedError, match="no kernel for quantized experts"):
         _forward(quantized, tokens(), CONFIG, implementation="interpret_cuda")
-    weights = seeded_weights(KEY, dense=False, when="kernel")
-    with pytest.raises(NotImplementedError, match="must be stored: use program"):
-        _forward(quantized, tokens(), CONFIG, plan=plan, spec=SPEC, programmed=weights)
+    for when in ("kernel", "layer"):
+        weights = seeded_weights(KEY, dense=False, when=when)
+        with pytest.raises(NotImplementedError, match="must be stored: use program"):
+            _forward(quantized, tokens(), CONFIG, plan=plan, spec=SPEC, programmed=weights)
     everything = jax.tree.map(
         lambda m: random_mixed(0, np.zeros_like(POOL), *m.shape[2:])[0], quantized.layers.moe.experts, is_leaf=is_mixed
     )
@@ -126,3 +130,32 @@ def test_other_models_are_refused() -> None:
     quantized, _ = models()
     with pytest.raises(InputError, match="belong to different models"):
         forward(quantized, tokens(), dataclasses.replace(CONFIG, num_experts=7))
+
+
+@pytest.mark.parametrize("rule", ["max_neuron_norm", "noise_sensitivity", "measured"])
+def test_rules_on_weights_refuse_quantized_experts(rule: str) -> None:
+    model = Model(params=models()[0], config=CONFIG, tokenizer=None, eos_token_id=None, name="quantized")
+    with pytest.raises(InputError, match=f"rule '{rule}' does not score a model with quantized experts"):
+        score_experts(model, rule, key=KEY, tokens=tokens(), spec=SPEC)
+    assert np.isfinite(score_experts(model, "activation_frequency", tokens=tokens())).all()
+
+
+def test_expected_increase_is_of_models_without_quantized_experts() -> None:
+    model = Model(params=models()[0], config=CONFIG, tokenizer=None, eos_token_id=None, name="quantized")
+    with pytest.raises(InputError, match="a model with quantized experts: use the one that it was made from"):
+        expected_increase(model, tokens(), {}, key=KEY)
+
+
+def test_in_bfloat16_as_the_weights_that_codes_stand_for() -> None:
+    """Weights are rounded to the rows' dtype, as those of a model without quantization are when it is loaded."""
+    quantized, plain = (jax.tree.map(_to_bfloat16, params) for params in models())
+    found, wanted = (np.asarray(_forward(params, tokens(), CONFIG)) for params in (quantized, plain))
+    # Sums in float32, in another order, of the same products: now and then one result is rounded the other way.
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=2.0**-6 * np.abs(wanted).max())
+    assert np.isfinite(found).all()
+    exact = np.asarray(_forward(models()[1], tokens(), CONFIG))
+    assert 1e-4 < np.abs(found - exact).max() / np.abs(exact).max() < 0.1  # it did run in bfloat16
+
+
+def _to_bfloat16(leaf: jax.Array) -> jax.Array:
+    return leaf.astype(jnp.bfloat16) if leaf.dtype == jnp.float32 else leaf

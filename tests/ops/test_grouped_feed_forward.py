@@ -81,7 +81,8 @@ def test_vmap_equals_loop(axes: tuple[int | None, int | None]) -> None:
     for number in range(2):
         one = xs if axes[0] is None else xs[number]
         wanted = exact(one, ofs if axes[1] is None else [w[number] for w in ofs])
-        np.testing.assert_allclose(found[number], wanted, rtol=0, atol=200 * sum_error(HIDDEN))
+        # As above; doubling three matrices makes results at most 8 times as large (but for the bend of silu).
+        np.testing.assert_allclose(found[number], wanted, rtol=0, atol=160 * sum_error(HIDDEN))
 
 
 def test_unused_blocks_are_not_multiplied() -> None:

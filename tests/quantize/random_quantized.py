@@ -6,6 +6,7 @@ import numpy as np
 from hetmoe.quantize.grid import Grid, Quantized
 from hetmoe.quantize.mixed import MixedMatrix, make_mixed
 from hetmoe.quantize.packed import pack
+from tests.quantize.grids import values_of
 
 GRIDS = (
     Grid(bits=3, group=32, symmetric=False), Grid(bits=2, group=64, symmetric=True),
@@ -23,13 +24,6 @@ def random_quantized(rng: np.random.Generator, grid: Grid, count: int, rows: int
     )
 
 
-def values(q: Quantized) -> np.ndarray:
-    """In float64, by another way than the package's: steps and zeros are repeated for every row."""
-    scale = np.repeat(np.asarray(q.scale, np.float64), q.grid.group, axis=-2)
-    zero = q.grid.largest / 2 if q.zero is None else np.repeat(np.asarray(q.zero, np.float64), q.grid.group, axis=-2)
-    return scale * (np.asarray(q.codes, np.float64) - zero)
-
-
 def random_mixed(seed: int, pool: np.ndarray, rows: int, columns: int) -> tuple[MixedMatrix, np.ndarray]:
     """The matrix of every expert in the pools of `GRIDS`, and its float64 values `[*pool.shape, rows, columns]`."""
     rng, pools = np.random.default_rng(seed), []
@@ -43,5 +37,5 @@ def random_mixed(seed: int, pool: np.ndarray, rows: int, columns: int) -> tuple[
         else:
             q = random_quantized(rng, grid, count, rows, columns)
             pools.append(pack(q))
-            exact[pool == number] = values(q)
+            exact[pool == number] = values_of(q)
     return make_mixed(pools, pool), exact
