@@ -25,7 +25,10 @@ from hetmoe.models.hf_config import config_from_hf
 from hetmoe.models.hf_config_write import config_to_hf
 from hetmoe.models.hf_fields import read_json
 from hetmoe.models.model import Model
-from hetmoe.models.params import Params
+from hetmoe.models.params import FeedForward, Params
+from hetmoe.quantize.budget import EXPERT_MATRICES
+from hetmoe.quantize.layout import QuantizedLayout, abstract_packed, check_layout, layout_from_json, layout_of
+from hetmoe.quantize.mixed import MixedMatrix, Places, arranged
 
 RECORD, TREE = "hetmoe.json", "params"
 FORMAT = "hetmoe-params-1"
@@ -39,6 +42,7 @@ class Record:
     dtype: str
     eos_token_id: int | None
     bos_token_id: int | None
+    layout: QuantizedLayout | None
 
 
 def is_one(directory: Path) -> bool:
@@ -56,6 +60,7 @@ def write(directory: Path, model: Model) -> None:
         InputError: if the target exists and is not empty, or its folder cannot be made.
     """
     check_new_directory(directory)
+    layout = layout_of(model.params.layers.moe.experts)
     make_directory(directory.parent)
     try:
         temporary = Path(tempfile.mkdtemp(dir=directory.parent.absolute(), prefix=f".{directory.name[:60]}.partial-"))
@@ -63,7 +68,7 @@ def write(directory: Path, model: Model) -> None:
         raise InputError(f"{directory}: cannot be written ({error.strerror})") from None
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(temporary / TREE, model.params)
+            checkpointer.save(temporary / TREE, _arranged(model.params, layout))
         if model.tokenizer is not None:
             model.tokenizer.save(str(temporary / "tokenizer.json"))
         record = {
@@ -73,7 +78,7 @@ def write(directory: Path, model: Model) -> None:
             "eos_token_id": model.eos_token_id,
             "bos_token_id": model.bos_token_id,
             "files": _digests(temporary / TREE),
-        }
+        } | ({} if layout is None else {"quantization": layout.to_json()})
         (temporary / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         temporary.chmod(0o755)
         os.replace(temporary, directory)  # noqa: PTH105 (Path.replace has no other meaning here, but reads as of files)
@@ -93,13 +98,57 @@ def read_record(directory: Path) -> Record:
         raise InputError(f"{path}: not of format {FORMAT!r}; make one with 'hetmoe convert'")
     if content.get("dtype") not in FLOATS:
         raise InputError(f"{path}: dtype {content.get('dtype')!r} must be one of {', '.join(FLOATS)}")
-    config = config_from_hf(content.get("config", {}), source=str(path))
+    config, layout = config_from_hf(content.get("config", {}), source=str(path)), None
+    if content.get("quantization") is not None:
+        layout = layout_from_json(content["quantization"], f"{path}: quantization")
+        check_layout(layout, abstract_params(config).layers.moe.experts, f"{path}: quantization")
     _check_files(directory, content.get("files"))
     ids = {name: content.get(name) for name in ("eos_token_id", "bos_token_id")}
     for name, value in ids.items():
         if value is not None and (type(value) is not int or not 0 <= value < config.vocab_size):
             raise InputError(f"{path}: {name}={value!r} must be a token id below vocab_size={config.vocab_size}")
-    return Record(config=config, dtype=content["dtype"], **ids)
+    return Record(config=config, dtype=content["dtype"], layout=layout, **ids)
+
+
+def _experts(params: Any) -> FeedForward:
+    return params.layers.moe.experts
+
+
+def _with_experts(params: Any, changed: dict[str, Any]) -> Any:
+    experts = dataclasses.replace(_experts(params), **changed)
+    return params.replace(layers=params.layers.replace(moe=params.layers.moe.replace(experts=experts)))
+
+
+def _arranged(params: Params, layout: QuantizedLayout | None) -> Params:
+    """With quantized matrices in the pools that their layout leads to."""
+    if layout is None:
+        return params
+    return _with_experts(params, {n: arranged(getattr(_experts(params), n), layout.pools(n)) for n in EXPERT_MATRICES})
+
+
+def _abstract(record: Record, dtype: Any, shardings: Params | None) -> Params:
+    """Shapes, dtypes and places of the parameters."""
+    wanted = abstract_params(record.config)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if shardings is None:
+        shardings = jax.tree.map(lambda _: here, wanted, is_leaf=is_leaf)
+
+    def target(leaf: Leaf, place: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype(dtype), sharding=place)
+
+    def mixed(name: str) -> MixedMatrix:
+        assert record.layout is not None
+        layers, experts, rows, columns = getattr(_experts(wanted), name).shape
+        pools: list[Any] = []
+        for grid, where in record.layout.pools(name):
+            count = len(where)
+            plain = jax.ShapeDtypeStruct((count, rows, columns), dtype, sharding=here)
+            pools.append(plain if grid is None else abstract_packed(count, rows, columns, grid, here))
+        place: Any = jax.ShapeDtypeStruct((layers, experts), np.int32, sharding=here)
+        return MixedMatrix(pools=tuple(pools), places=Places(pool=place, slot=place))
+
+    plain = jax.tree.map(target, wanted, shardings, is_leaf=is_leaf)
+    return plain if record.layout is None else _with_experts(plain, {name: mixed(name) for name in EXPERT_MATRICES})
 
 
 def _digests(tree: Path) -> dict[str, list[int]]:
@@ -138,19 +187,13 @@ def read_params(directory: Path, record: Record, dtype: Any, shardings: Params |
     Raises:
         InputError: if the tree is damaged or is not that of the config.
     """
-    wanted = abstract_params(record.config)
-    if shardings is None:
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shardings = jax.tree.map(lambda _: here, wanted, is_leaf=is_leaf)
-
-    def target(leaf: Leaf, place: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype(dtype or record.dtype), sharding=place)
-
-    targets = jax.tree.map(target, wanted, shardings, is_leaf=is_leaf)
+    if record.layout is not None and shardings is not None:
+        raise InputError(f"{directory}: quantized experts cannot be spread over a mesh: load them without one")
+    targets = _abstract(record, dtype or record.dtype, shardings)
     tree = (directory / TREE).absolute()
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            _check_tree(tree, checkpointer.metadata(tree), targets, record)
+            _check_tree(tree, checkpointer.metadata(tree), _abstract(record, record.dtype, shardings))
             params = checkpointer.restore(tree, targets)
     except InputError:
         raise
@@ -159,22 +202,23 @@ def read_params(directory: Path, record: Record, dtype: Any, shardings: Params |
     counts: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         shards = [np.asarray(shard.data) for shard in leaf.addressable_shards if shard.replica_id == 0]
+        if not jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating):
+            continue  # codes and places of quantized experts
         if bad := sum(count_non_finite(row) for shard in shards for row in shard):
             counts[jax.tree_util.keystr(path)] = bad
     warn_of_non_finite(directory, counts)
     return params
 
 
-def _check_tree(tree: Path, metadata: Any, targets: Params, record: Record) -> None:
+def _check_tree(tree: Path, metadata: Any, wanted: Params) -> None:
     """Compares stored shapes and dtypes with those of the record, before memory is taken."""
-    leaves = jax.tree.leaves(abstract_params(record.config), is_leaf=is_leaf)
     found = {jax.tree_util.keystr(p): m for p, m in jax.tree_util.tree_leaves_with_path(metadata.item_metadata.tree)}
-    for (path, target), leaf in zip(jax.tree_util.tree_leaves_with_path(targets), leaves, strict=True):
-        key = "".join(f"['{part.name}']" for part in path)
+    for path, target in jax.tree_util.tree_leaves_with_path(wanted):
+        key = "".join(f"[{part.idx}]" if hasattr(part, "idx") else f"['{part.name}']" for part in path)
         if key not in found:
             raise InputError(f"{tree}: parameter {key} is missing")
         stored = found.pop(key)
-        shape, dtype = tuple(stored.shape), np.dtype(leaf.dtype(record.dtype))
+        shape, dtype = tuple(stored.shape), np.dtype(target.dtype)
         if np.dtype(stored.dtype) != dtype:
             raise InputError(f"{tree}: parameter {key} is stored as {stored.dtype}, {RECORD} says {dtype}")
         if shape != target.shape:

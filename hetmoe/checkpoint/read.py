@@ -1,5 +1,6 @@
 """From stored tensors to parameters: each straight to its dtype, its layout and its place on the devices."""
 
+import dataclasses
 import math
 import mmap
 import os
@@ -14,7 +15,9 @@ import jax
 import numpy as np
 
 from hetmoe.checkpoint.fp8 import SUFFIX, dequantize
-from hetmoe.checkpoint.pieces import Piece, match
+from hetmoe.checkpoint.match import match
+from hetmoe.checkpoint.packed_tensors import PackedMatrix, read_pool
+from hetmoe.checkpoint.pieces import Piece, checkpoint_keys
 from hetmoe.checkpoint.safetensors_file import DTYPES
 from hetmoe.checkpoint.storage import Storage
 from hetmoe.checkpoint.weight_files import WeightFiles
@@ -22,6 +25,9 @@ from hetmoe.errors import CheckpointWarning, InputError
 from hetmoe.models.abstract import Leaf, abstract_params, is_leaf
 from hetmoe.models.config import ModelConfig
 from hetmoe.models.params import Params
+from hetmoe.quantize.budget import EXPERT_MATRICES
+from hetmoe.quantize.layout import QuantizedLayout
+from hetmoe.quantize.mixed import MixedMatrix, make_mixed
 
 _HUGE = 1 << 21  # bytes of a huge page
 _BAND = 1 << 24  # bytes that are turned at once
@@ -41,9 +47,14 @@ def read_params(
         shardings: where each leaf goes, None = the default device. Only the parts that this process holds are read.
 
     Raises:
-        InputError: see `match`; also for a mixture of dtypes of which config.json does not say what it should become.
+        InputError: see `match`; also for a mixture of dtypes of which config.json does not say what it should become,
+            and for quantized experts that are to be sharded.
     """
-    leaves, treedef = jax.tree.flatten(abstract_params(config), is_leaf=is_leaf)
+    tree = abstract_params(config)
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_leaf)
+    quantized: dict[Leaf, str] = {getattr(tree.layers.moe.experts, name): name for name in EXPERT_MATRICES}
+    if storage.layout is not None and shardings is not None:
+        raise InputError(f"{files.directory}: quantized experts cannot be spread over a mesh: load them without one")
     pieces = match(leaves, config, files, storage)
     dtype = target_dtype(files, dict(zip(leaves, pieces, strict=True)), storage, dtype)
     if shardings is None:
@@ -54,11 +65,38 @@ def read_params(
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         reader = _Reader(files, storage, pool)
         arrays = [
-            reader.leaf(leaf, group, np.dtype(leaf.dtype(dtype)), place)
+            _mixed(reader, quantized[leaf], leaf, group, storage.layout, np.dtype(dtype), place)
+            if storage.layout is not None and leaf in quantized
+            else reader.leaf(leaf, group, np.dtype(leaf.dtype(dtype)), place)
             for leaf, group, place in zip(leaves, pieces, places, strict=True)
         ]
     warn_of_non_finite(files.directory, reader.non_finite)
     return jax.tree.unflatten(treedef, arrays)
+
+
+def _mixed(
+    reader: "_Reader",
+    name: str,
+    leaf: Leaf,
+    plain: list[Piece],
+    layout: QuantizedLayout,
+    dtype: np.dtype,
+    place: jax.sharding.Sharding,
+) -> MixedMatrix:
+    """A matrix of the experts in its pools; `plain` are the tensors of those that are not quantized."""
+    keys = {piece.index: piece for piece in checkpoint_keys(leaf)}
+    pools: list[Any] = []
+    pool_of = np.empty(leaf.shape[:2], np.int64)
+    for number, (grid, where) in enumerate(layout.pools(name)):
+        pool_of[tuple(where.T)] = number
+        if grid is None:
+            stack = dataclasses.replace(leaf, shape=(len(plain), *leaf.shape[2:]))
+            pieces = [dataclasses.replace(piece, index=(slot,)) for slot, piece in enumerate(plain)]
+            pools.append(reader.leaf(stack, pieces, dtype, place))
+        else:
+            matrix = PackedMatrix(grid, *leaf.shape[2:])
+            pools.append(read_pool(reader.files, [keys[tuple(index)] for index in where.tolist()], matrix))
+    return make_mixed(pools, pool_of)
 
 
 def target_dtype(files: WeightFiles, pieces: dict[Leaf, list[Piece]], storage: Storage, dtype: Any) -> np.dtype:

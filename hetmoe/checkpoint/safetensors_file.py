@@ -29,6 +29,7 @@ DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(jnp.bfloat16),
     "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
 }
+_VIEWED = DTYPES | {"U8": np.dtype("uint8")}  # codes of quantized weights too
 _OTHER_SIZES = {
     "F8_E5M2": 1, "F8_E8M0": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
     "C64": 8,
@@ -166,7 +167,7 @@ class MappedFile:
         if 0 < tensor.nbytes <= _READ_AHEAD:
             self._map.madvise(mmap.MADV_WILLNEED, *self._pages(tensor.offset, tensor.nbytes))
         flat = np.frombuffer(self._map, np.uint8, tensor.nbytes, tensor.offset)
-        return flat.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
+        return flat.view(_VIEWED[tensor.dtype]).reshape(tensor.shape)
 
     def release(self, tensor: StoredTensor, row: int | None = None) -> None:
         """Gives the pages of a tensor, or of one of its rows, back; reading them again is possible, and slower."""

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hetmoe.checkpoint.load import Checkpoint, parse_dtype
-from hetmoe.checkpoint.pieces import Piece, match
+from hetmoe.checkpoint.match import match
+from hetmoe.checkpoint.pieces import Piece
 from hetmoe.checkpoint.read import load_leaf, stored_matrices, target_dtype
 from hetmoe.errors import InputError
 from hetmoe.models.abstract import Leaf, abstract_params, is_leaf

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hetmoe.errors import InputError
 from hetmoe.ops.narrow import take
+from hetmoe.quantize.grid import Grid
 from hetmoe.quantize.packed import Packed, dequantize_packed, take_packed
 
 
@@ -64,6 +65,23 @@ def make_mixed(pools: Sequence[Packed | Array], pool: np.ndarray) -> MixedMatrix
         slot[pool == number] = np.arange(counts[number])
     places = Places(pool=jnp.asarray(pool, jnp.int32), slot=jnp.asarray(slot))
     return MixedMatrix(pools=tuple(pools), places=places)
+
+
+def arranged(mixed: MixedMatrix, pools: Sequence[tuple[Grid | None, np.ndarray]]) -> MixedMatrix:
+    """The same matrices in other pools: the grid of each (None = as it was), and the experts `[n, 2]` in it."""
+    number, slot = np.asarray(mixed.places.pool), np.asarray(mixed.places.slot)
+    taken: list[Any] = []
+    pool_of = np.empty(number.shape, np.int64)
+    for new, (grid, where) in enumerate(pools):
+        at = tuple(where.T)
+        pool_of[at] = new
+        sources = [n for n, pool in enumerate(mixed.pools) if (pool.grid if isinstance(pool, Packed) else None) == grid]
+        first = np.zeros(len(mixed.pools), np.int64)
+        first[sources] = np.cumsum([0] + [mixed.pools[n].shape[0] for n in sources])[:-1]
+        rows = first[number[at]] + slot[at]
+        parts = [mixed.pools[n] for n in sources]
+        taken.append(jax.tree.map(lambda *leaves, rows=rows: jnp.concatenate(leaves)[rows], *parts))
+    return make_mixed(taken, pool_of)
 
 
 def unquantized(mixed: MixedMatrix) -> tuple[Array | None, Bool[Array, "*layers experts"]]:
