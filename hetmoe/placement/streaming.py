@@ -45,6 +45,10 @@ def stream_scores(
     if rule not in STREAMED:
         raise InputError(f"rule {rule!r} needs text to run through the model; without one use {', '.join(STREAMED)}")
     check_down_axis(down_axis)
+    if rule == "max_neuron_norm" and checkpoint.storage.layout is not None:
+        raise InputError(
+            f"rule {rule!r} does not score a model with quantized experts: use the one that it was made from"
+        )
     source = _Source(checkpoint, dtype)
     router = source.router()
     identity = fingerprint(checkpoint.config, router)

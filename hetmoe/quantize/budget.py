@@ -25,7 +25,7 @@ class BitPlan:
         bits: of a code.
         increase: the expected increase of the loss in total, nats per token.
         gap: the smallest possible increase within the budget is at most this much lower; 0 = none is.
-        stored: bytes of all digital expert matrices, overhead included.
+        stored: the sizes of all digital expert matrices, in the unit of the budget.
     """
 
     bits: Int[np.ndarray, "layers experts matrices"]
@@ -34,34 +34,35 @@ class BitPlan:
     stored: int
 
 
-def expert_bytes(
-    config: ModelConfig, levels: Sequence[int], *, group: int, symmetric: bool
-) -> Int[np.ndarray, "matrices levels"]:
-    """Bytes of one expert's matrices at every level of bits.
+def expert_bytes(config: ModelConfig, grids: Sequence[Grid]) -> Int[np.ndarray, "matrices levels"]:
+    """Bytes of one expert's matrices on every grid, steps and zeros included.
 
     Raises:
-        InputError: for bits or groups that do not exist, or a group that does not divide a matrix's rows.
+        InputError: for a group that does not divide a matrix's rows.
     """
     inner, hidden = config.expert_intermediate_size, config.hidden_size
     shapes = {"gate": (hidden, inner), "up": (hidden, inner), "down": (inner, hidden)}
-    grids = [Grid(bits=bits, group=group, symmetric=symmetric) for bits in levels]
     return np.array([[packed_bytes(*shapes[name], grid) for grid in grids] for name in EXPERT_MATRICES], np.int64)
 
 
-def average_budget(config: ModelConfig, experts: int, average: float, *, group: int, symmetric: bool) -> int:
-    """Bytes of the matrices of `experts` experts at an average of `average` bits per code, overhead included.
+def code_bits(config: ModelConfig, levels: Sequence[int]) -> Int[np.ndarray, "matrices levels"]:
+    """Bits of the codes alone of one expert's matrices, the currency of averages."""
+    weights = config.hidden_size * config.expert_intermediate_size
+    return np.tile(weights * np.array(levels, np.int64), (len(EXPERT_MATRICES), 1))
+
+
+def average_budget(config: ModelConfig, experts: int, average: float) -> int:
+    """Bits of the codes of `experts` experts at an average of `average` bits per weight, without overhead.
 
     Rounded down, so that what fits has at most that average. The average is the decimal number that it prints as.
 
     Raises:
-        InputError: for an average that is not finite or not above 0, or a group that does not fit.
+        InputError: for an average that is not finite or not above 0.
     """
     if not 0 < average < math.inf:
         raise InputError(f"bits={average!r} must be a finite number above 0")
-    one_bit = Grid(bits=1, group=group, symmetric=symmetric)
-    codes = 3 * config.expert_intermediate_size * config.hidden_size
-    whole = int(expert_bytes(config, (one_bit.bits,), group=group, symmetric=symmetric).sum())
-    return math.floor(experts * (whole - Fraction(codes, 8) + Fraction(str(average)) * codes / 8))
+    weights = len(EXPERT_MATRICES) * config.expert_intermediate_size * config.hidden_size
+    return math.floor(experts * weights * Fraction(str(average)))
 
 
 def bits_within(
@@ -78,14 +79,14 @@ def bits_within(
 
     Args:
         increase: expected increase at each level (`hetmoe.quantize.expected_loss`), nats per token.
-        sizes: bytes of a matrix at each level, `expert_bytes`.
+        sizes: what a matrix takes at each level: bytes (`expert_bytes`), or bits of its codes (`code_bits`).
         levels: bits, in the order of both.
-        budget: bytes, overhead included, of all digital expert matrices.
+        budget: of all digital expert matrices, in the same unit.
         digital: which experts compete; None = all.
 
     Raises:
-        InputError: for increases that are not finite, sizes that do not fit each other, or a budget below the bytes
-            of the lowest level.
+        InputError: for increases that are not finite, sizes that do not fit each other, or a budget below the
+            sizes of the lowest level.
     """
     layers, experts, matrices, options = increase.shape
     if sizes.shape != (matrices, options) or len(levels) != options:

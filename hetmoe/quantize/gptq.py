@@ -62,9 +62,15 @@ class GptqResult:
 
 
 def gptq(
-    w: Float[Array, "experts K N"], hessians: Hessians, grid: Grid, options: GptqOptions, *, name: str = "w"
+    w: Float[Array, "experts K N"],
+    hessians: Hessians,
+    grid: Grid,
+    options: GptqOptions,
+    *,
+    mean: Float[Array, "K K"] | None = None,
+    name: str = "w",
 ) -> GptqResult:
-    """The experts of a layer by GPTQ (Frantar et al. 2023, arXiv:2210.17323), with act-order and static groups.
+    """Experts of a layer by GPTQ (Frantar et al. 2023, arXiv:2210.17323), with act-order and static groups.
 
     Steps and zeros are round-to-nearest's, from the original weights of each group of rows. Rows are then rounded by
     falling diagonal of H, the inputs with most energy first, each after all earlier rows' errors `e = w - q` have been
@@ -90,6 +96,7 @@ def gptq(
         hessians: of their inputs.
         grid: what to quantize to.
         options: regularisation.
+        mean: `mean_hessian` of the whole layer, where `w` is of some of its experts only; None = it is of all.
         name: of the matrix, for messages.
 
     Raises:
@@ -98,7 +105,7 @@ def gptq(
     """
     check_weights(w, grid, name)
     _check_hessians(hessians, w.shape, name)
-    return _gptq(w, hessians, grid, options)
+    return _gptq(w, hessians, mean_hessian(hessians) if mean is None else mean, grid, options)
 
 
 def _check_hessians(hessians: Hessians, shape: tuple[int, ...], name: str) -> None:
@@ -121,8 +128,8 @@ def _check_hessians(hessians: Hessians, shape: tuple[int, ...], name: str) -> No
 
 
 @functools.partial(jax.jit, static_argnames=("grid", "options"))
-def _gptq(w: Array, hessians: Hessians, grid: Grid, options: GptqOptions) -> GptqResult:
-    prior = options.prior * w.shape[1] * mean_hessian(hessians).astype(jnp.float32)
+def _gptq(w: Array, hessians: Hessians, mean: Array, grid: Grid, options: GptqOptions) -> GptqResult:
+    prior = options.prior * w.shape[1] * mean.astype(jnp.float32)
 
     def one(expert: tuple[Array, Array]) -> GptqResult:
         return _one_expert(expert[0].astype(jnp.float32), expert[1].astype(jnp.float32), prior, grid, options)

@@ -6,12 +6,16 @@ import numpy as np
 import pytest
 
 from hetmoe.errors import InputError
-from hetmoe.quantize.budget import average_budget, bits_within, expert_bytes
+from hetmoe.quantize.budget import average_budget, bits_within, code_bits, expert_bytes
 from hetmoe.quantize.grid import Grid
 from hetmoe.quantize.packed import packed_bytes
 from tests.models.tiny import tiny_config
 
 CONFIG = tiny_config(hidden_size=128, expert_intermediate_size=96)
+
+
+def grids(*bits: int, group: int = 32, symmetric: bool = False) -> list[Grid]:
+    return [Grid(bits=b, group=group, symmetric=symmetric) for b in bits]
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -27,18 +31,20 @@ def test_bytes_are_those_of_the_arrays(bits, symmetric) -> None:
 def test_bytes_of_an_expert_by_hand() -> None:
     # gate and up 128 x 96: 12,288 codes, 4 groups of 96 columns; down 96 x 128: 3 groups of 128: 384 steps each.
     # Bytes at 1 bit: 1,536 + 384 * 2 = 2,304; at 4 bits: 6,144 + 768 = 6,912. With zeros 768 more.
-    np.testing.assert_array_equal(expert_bytes(CONFIG, (1, 4), group=32, symmetric=True), [[2304, 6912]] * 3)
-    np.testing.assert_array_equal(expert_bytes(CONFIG, (1,), group=32, symmetric=False), [[3072]] * 3)
+    np.testing.assert_array_equal(expert_bytes(CONFIG, grids(1, 4, symmetric=True)), [[2304, 6912]] * 3)
+    np.testing.assert_array_equal(expert_bytes(CONFIG, grids(1)), [[3072]] * 3)
+    # A grid may have zeros where another has none.
+    mixed = [*grids(1, symmetric=True), *grids(4)]
+    np.testing.assert_array_equal(expert_bytes(CONFIG, mixed), [[2304, 7680]] * 3)
 
 
 def test_budget_of_an_average() -> None:
-    sizes = expert_bytes(CONFIG, (1, 2, 3, 4), group=32, symmetric=False)
+    # Three matrices of 12,288 codes in each of 5 experts.
+    np.testing.assert_array_equal(code_bits(CONFIG, (1, 3)), [[12_288, 36_864]] * 3)
     for bits in (1, 2, 3, 4):
-        assert average_budget(CONFIG, 5, bits, group=32, symmetric=False) == 5 * sizes[:, bits - 1].sum()
-    # 5 experts of 36,864 codes: 2.3 bits are 423,936 bits = 52,992 bytes, and 5 * 3 * 1,536 bytes of overhead.
-    assert average_budget(CONFIG, 5, 2.3, group=32, symmetric=False) == 52_992 + 23_040
-    # 2.00001 bits are 46,080.2304 bytes for 5 experts: rounded down.
-    assert average_budget(CONFIG, 5, 2.00001, group=32, symmetric=False) == 46_080 + 23_040
+        assert average_budget(CONFIG, 5, bits) == 5 * 3 * 12_288 * bits
+    assert average_budget(CONFIG, 5, 2.3) == 423_936
+    assert average_budget(CONFIG, 5, 2.00001) == 368_641  # 368,641.8432 rounded down
 
 
 def test_bits_by_enumeration() -> None:
@@ -64,9 +70,9 @@ def test_bits_by_enumeration() -> None:
 def test_more_bytes_never_do_harm() -> None:
     rng = np.random.default_rng(1)
     increase = rng.lognormal(0, 2, (3, 8, 3, 1)) * 4.0 ** -np.arange(4)
-    sizes = expert_bytes(CONFIG, (1, 2, 3, 4), group=32, symmetric=False)
+    sizes = code_bits(CONFIG, (1, 2, 3, 4))
     found = [
-        bits_within(increase, sizes, (1, 2, 3, 4), average_budget(CONFIG, 24, average, group=32, symmetric=False))
+        bits_within(increase, sizes, (1, 2, 3, 4), average_budget(CONFIG, 24, average))
         for average in (1, 1.5, 2, 2.5, 3, 3.5, 4)
     ]
     assert np.all(np.diff([plan.increase for plan in found]) < 0)
@@ -83,10 +89,9 @@ def test_bad_input_is_refused() -> None:
         (lambda: bits_within(increase, sizes, (1, 2), 5), "budget=5 is too small.*cost 6"),
         (lambda: bits_within(increase * np.nan, sizes, (1, 2), 9), "must be finite"),
         (lambda: bits_within(increase, sizes, (1, 2, 3), 9), r"increase \[1, 2, 3, 2\].* 3 levels do not fit"),
-        (lambda: expert_bytes(CONFIG, (1, 5), group=32, symmetric=True), "bits=5"),
-        (lambda: expert_bytes(CONFIG, (1,), group=64, symmetric=True), "group=64 does not divide the 96 rows"),
-        (lambda: average_budget(CONFIG, 5, float("nan"), group=32, symmetric=True), "bits=nan"),
-        (lambda: average_budget(CONFIG, 5, 0, group=32, symmetric=True), "bits=0"),
+        (lambda: expert_bytes(CONFIG, grids(1, group=64)), "group=64 does not divide the 96 rows"),
+        (lambda: average_budget(CONFIG, 5, float("nan")), "bits=nan"),
+        (lambda: average_budget(CONFIG, 5, 0), "bits=0"),
     ):
         with pytest.raises(InputError, match=message):
             call()

@@ -115,7 +115,7 @@ def test_a_finer_grid_costs_less_and_the_budget_is_kept() -> None:
     found = expected_increase(model, WINDOWS, quantized(model, LEVELS), key=KEY)
     assert np.all(found.curvature >= 0)
     assert np.all(np.diff(found.curvature.sum(axis=(0, 1, 2))) < 0)
-    sizes = expert_bytes(CONFIG, LEVELS, group=32, symmetric=True)
+    sizes = expert_bytes(CONFIG, [Grid(bits=b, group=32, symmetric=True) for b in LEVELS])
     plan = bits_within(found.curvature, sizes, LEVELS, int(8 * sizes[:, 2].sum()))
     assert plan.stored <= 8 * sizes[:, 2].sum() and plan.gap == 0
     assert plan.increase < found.curvature[..., 2].sum()  # better than 3 bits everywhere
