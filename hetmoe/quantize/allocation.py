@@ -212,15 +212,14 @@ def _least_loss(
         raise InputError("rule 'expected_loss' needs text")
     config, count = model.config, int(digital.sum())
     quantize = round_to_nearest if recipe.method == "rtn" else half_quadratic
-    parts: list[np.ndarray] = []
-    for level in how.levels:  # one level's codes in memory at a time; the labels drawn are the same
-        grid = recipe.grid(level)
-        quantized = {
-            name: (quantize(getattr(model.params.layers.moe.experts, name), grid, name=f"experts' {name}"),)
-            for name in EXPERT_MATRICES
-        }
-        parts.append(expected_increase(model, jnp.asarray(windows), quantized, key=key).curvature)
-    increase = np.concatenate(parts, axis=-1)
+    quantized = {
+        name: [
+            quantize(getattr(model.params.layers.moe.experts, name), recipe.grid(level), name=f"experts' {name}")
+            for level in how.levels
+        ]
+        for name in EXPERT_MATRICES
+    }
+    increase = expected_increase(model, jnp.asarray(windows), quantized, key=key).curvature
     if how.max_bytes is None:
         sizes, budget = code_bits(config, how.levels), average_budget(config, count, how.average or 0)
     else:
