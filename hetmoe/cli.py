@@ -173,6 +173,64 @@ def convert(
     run(model, output, to, dtype)
 
 
+@app.command(epilog="Example: hetmoe quantize reference --bits 2.5 --levels 1,2,3 -o quantized")
+def quantize(
+    model: MODEL = "reference",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory to write; must be new.")] = None,
+    bits: Annotated[
+        float | None, typer.Option(help="Average bits per weight of the digital experts, without overhead.")
+    ] = None,
+    levels: Annotated[str | None, typer.Option(help="Bits that an expert may get, such as 1,2,3; default: --bits.")] = (
+        None
+    ),
+    rule: Annotated[
+        str | None,
+        typer.Option(
+            help="router_change (needs --initial), router_norm, activation_frequency, random, uniform or "
+            "expected_loss; default: router_norm, with --initial router_change, with one level uniform."
+        ),
+    ] = None,
+    quantizer: Annotated[str, typer.Option(help="rtn, hqq or gptq.")] = "hqq",
+    initial: Annotated[str | None, typer.Option(help="The model before training or fine-tuning, as MODEL.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="Analog experts of this plan stay as they are.")] = None,
+    group: Annotated[int, typer.Option(help="Rows that share a step: 32, 64 or 128.")] = 128,
+    zeros: Annotated[str, typer.Option(help="symmetric, asymmetric, or auto (symmetric at 1 bit only).")] = "auto",
+    zeta: Annotated[float, typer.Option(help="MaxVar ratio that moves an expert ahead; 0 = none moves.")] = 3.0,
+    max_var: Annotated[str, typer.Option(help="MaxVar of the highest_norm neuron, or of all.")] = "highest_norm",
+    alternative: Annotated[str, typer.Option(help="Counts at three levels: paper, or fewest_lowest.")] = "paper",
+    more_bits: Annotated[str, typer.Option(help="For activation_frequency: rare or frequent.")] = "rare",
+    max_bytes: Annotated[
+        int | None, typer.Option(help="For expected_loss: bytes of all digital experts, instead of --bits.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Calibration text; default: the embedded one, apart from what eval reads.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of that text to use.")] = 8192,
+    seq: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
+    seed: SEED = 0,
+    dtype: DTYPE = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Also error bounds, certified routing, and what is observed.")
+    ] = False,
+    report_tokens: Annotated[int, typer.Option(help="Tokens of text for --report.")] = 1024,
+    json_file: JSON_FILE = None,
+) -> None:
+    """Give each digital expert its own precision, pack it, and say what is certain of the result.
+
+    The same command goes on where it was stopped, layer by layer.
+    """
+    from hetmoe.commands.quantize import QuantizeRequest, run
+
+    run(
+        QuantizeRequest(
+            model=model, output=output, bits=bits, levels=levels, rule=rule, quantizer=quantizer, initial=initial,
+            plan=plan, group=group, zeros=zeros, zeta=zeta, max_var=max_var, alternative=alternative,
+            more_bits=more_bits, max_bytes=max_bytes, text=text, tokens=tokens, seq=seq, seed=seed, dtype=dtype,
+            report=report, report_tokens=report_tokens, json_file=json_file,
+        )
+    )  # fmt: skip
+
+
 @app.command(
     epilog="Example: hetmoe eval reference --digital 0.125 --device pcm --noise-scale 0 --noise-scale 5 --seeds 8 "
     "--plot sweep.png"

@@ -36,6 +36,7 @@ from hetmoe.placement.parameters import digital_parameters
 from hetmoe.placement.plan import all_analog, digital_count, experts_analog
 from hetmoe.placement.plan_file import load_plan
 from hetmoe.placement.scores import RANDOM, RULES
+from hetmoe.quantize.layout import layout_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,8 +115,10 @@ def run(request: EvalRequest) -> None:
     for placement in saved:
         share, of = digital_parameters(placement.plans[0], model.config)
         console.print(f"{placement.name}: {share / of:.1%} of the parameters that could be on crossbars are digital")
+    if not placements:
+        console.print("experts are quantized and stay digital: --plan evaluates plans with others on crossbars")
     digital = digital_point(model, batches, size, request.implementation)
-    points = _sweep(request, model, calibration, placements, keys, batches, size, console)
+    points = _sweep(request, model, calibration, placements, keys, batches, size, console) if placements else []
     seconds = time.perf_counter() - started
 
     for metric, title, factor in (
@@ -131,8 +134,11 @@ def run(request: EvalRequest) -> None:
     paired = differences("perplexity", points, _pairs(request, saved, placements))
     for table in difference_tables("Perplexity, paired differences: mean [95 % interval]", paired, console):
         console.print(table)
-    console.print(f"mean ± standard error over {request.seeds} seeds; done in {seconds:.0f} s")
-    if request.plot is not None:
+    if points:
+        console.print(f"mean ± standard error over {request.seeds} seeds; done in {seconds:.0f} s")
+    if request.plot is not None and not points:
+        console.print("no figure: nothing is analog")
+    elif request.plot is not None:
         title = f"{model.name}: {request.device} programming noise, {size.tokens:,} tokens, {request.seeds} seeds"
         write_bytes(request.plot, plot_sweep(digital, points, title))
         console.print(f"figure: {request.plot}")
@@ -142,8 +148,13 @@ def run(request: EvalRequest) -> None:
 
 
 def make_placements(request: EvalRequest, scorer: Scorer, saved: list[Placement]) -> list[Placement]:
-    """All analog, experts analog, saved plans, the rule at every fraction, random at every fraction."""
+    """All analog, experts analog, saved plans, the rule at every fraction, random at every fraction.
+
+    Of a model with quantized experts only the saved plans, which know which experts those are.
+    """
     config = scorer.model.config
+    if layout_of(scorer.model.params.layers.moe.experts) is not None:
+        return saved
     lines = [
         Placement(name="all analog", plans=[all_analog(config)]),
         Placement(name="experts analog", plans=[experts_analog(config)]),
@@ -160,8 +171,9 @@ def _pairs(request: EvalRequest, saved: list[Placement], placements: list[Placem
 
     Every partial placement with all experts analog, saved plans with every line below them, the rule with random.
     """
-    partial = [p.name for p in placements[2:]]
-    pairs = [(name, "experts analog") for name in partial]
+    baseline = "experts analog"
+    partial = [p.name for p in placements if p.name not in ("all analog", baseline)]
+    pairs = [(name, baseline) for name in partial] if len(partial) < len(placements) else []
     pairs += [(plan.name, name) for n, plan in enumerate(saved) for name in partial[n + 1 :]]
     if request.rule != RANDOM:
         by_rule = [name for name in partial[len(saved) :] if name.startswith(f"{request.rule} ")]

@@ -18,6 +18,8 @@ from hetmoe.models.abstract import Leaf, abstract_params, is_leaf
 from hetmoe.models.config import ModelConfig
 from hetmoe.models.model import model_fingerprint
 from hetmoe.placement.streaming import stored_identity
+from hetmoe.quantize.budget import EXPERT_MATRICES
+from hetmoe.quantize.layout import QuantizedLayout, layout_of
 
 _DIGITAL, _EITHER = "digital", "digital, or analog by plan"
 _RUNS_ON = {
@@ -63,14 +65,31 @@ def active_parameters(config: ModelConfig, counts: dict[str, int]) -> int:
     return round(total - counts["experts"] * (1 - config.experts_per_token / config.num_experts))
 
 
-def _identify(model_source: str, directory: Path, dtype: str | None) -> tuple[ModelConfig, str, str]:
-    """(config, fingerprint, dtype) of a model directory."""
+def _identify(
+    model_source: str, directory: Path, dtype: str | None
+) -> tuple[ModelConfig, str, str, QuantizedLayout | None]:
+    """(config, fingerprint, dtype, layout of quantized experts) of a model directory."""
     if orbax_directory.is_one(directory):
         model = load_model(model_source, dtype)
-        return model.config, model_fingerprint(model), str(model.params.embed.dtype)
+        layout = layout_of(model.params.layers.moe.experts)
+        return model.config, model_fingerprint(model), str(model.params.embed.dtype), layout
     checkpoint = open_checkpoint(model_source)
     identity, stored = stored_identity(checkpoint, dtype)
-    return checkpoint.config, identity, str(stored)
+    return checkpoint.config, identity, str(stored), checkpoint.storage.layout
+
+
+def _expert_bits(config: ModelConfig, layout: QuantizedLayout) -> tuple[dict[str, int], int, int]:
+    """(expert matrices on each grid, in words; weights of these; bits that they take, steps and zeros included)."""
+    weights = config.hidden_size * config.expert_intermediate_size
+    kinds: dict[str, int] = {}
+    bits = 0
+    for name in EXPERT_MATRICES:
+        for grid, where in layout.pools(name):
+            if grid is not None:
+                said = f"{grid.bits} bits (groups of {grid.group}, {'symmetric' if grid.symmetric else 'with zeros'})"
+                kinds[said] = kinds.get(said, 0) + len(where)
+                bits += round(len(where) * weights * grid.bits_per_weight)
+    return kinds, sum(kinds.values()) * weights, bits
 
 
 def run(model_source: str, dtype: str | None, json_file: Path | None) -> None:
@@ -79,7 +98,7 @@ def run(model_source: str, dtype: str | None, json_file: Path | None) -> None:
         check_writable(json_file)
     parse_dtype(dtype)
     directory = model_directory(model_source)
-    config, identity, stored = _identify(model_source, directory, dtype)
+    config, identity, stored, layout = _identify(model_source, directory, dtype)
     tokenizer = load_tokenizer(directory / "tokenizer.json", config)
     console, name = make_console(), model_name(model_source, directory)
     counts = parameters_by_module(config)
@@ -90,15 +109,21 @@ def run(model_source: str, dtype: str | None, json_file: Path | None) -> None:
         about.add_row(field, value)
     about.add_row("dtype", stored)
     about.add_row("tokenizer", "none" if tokenizer is None else f"{tokenizer.get_vocab_size()} entries")
+    width = jnp.dtype(stored).itemsize
+    memory = {module: count * width for module, count in counts.items()}
+    if layout is not None:
+        kinds, quantized, bits = _expert_bits(config, layout)
+        for said, count in sorted(kinds.items()):
+            about.add_row("quantized experts", f"{count} matrices at {said}")
+        memory["experts"] += bits // 8 - quantized * width
     console.print(about)
 
     table = Table(title="Parameters", title_justify="left")
     for heading in ("module", "parameters", "share", "memory", "runs on"):
         table.add_column(heading, justify="left" if heading in ("module", "runs on") else "right")
-    width = jnp.dtype(stored).itemsize
     for module, count in sorted(counts.items(), key=lambda item: -item[1]):
-        table.add_row(module, f"{count:,}", f"{count / total:.2%}", f"{count * width / 1e6:,.2f} MB", _RUNS_ON[module])
-    table.add_row("total", f"{total:,}", "100.00%", f"{total * width / 1e6:,.2f} MB", "")
+        table.add_row(module, f"{count:,}", f"{count / total:.2%}", f"{memory[module] / 1e6:,.2f} MB", _RUNS_ON[module])
+    table.add_row("total", f"{total:,}", "100.00%", f"{sum(memory.values()) / 1e6:,.2f} MB", "")
     console.print(table)
     console.print(f"multiplied per token: {active:,} parameters")
     if json_file is not None:
@@ -108,6 +133,7 @@ def run(model_source: str, dtype: str | None, json_file: Path | None) -> None:
             "model": {"name": name, "fingerprint": identity, "config": dataclasses.asdict(config)},
             "parameters": counts,
             "active_parameters": active,
+            "quantization": None if layout is None else layout.to_json(),
         }
         write_json(json_file, record)
 

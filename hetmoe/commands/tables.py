@@ -74,6 +74,11 @@ def _tables(
 ) -> list[Table]:
     """Rows by name, a column per noise scale; `top` is a row of one value for all scales."""
     names, scales = list(dict.fromkeys(n for n, _ in cells)), list(dict.fromkeys(s for _, s in cells))
+    if not names:  # nothing is analog
+        table = Table(title=title, title_justify="left", title_style="bold", show_header=False)
+        if top is not None:
+            table.add_row(*top)
+        return [] if top is None else [table]
     widths = {s: max(len(f"c = {s:g}"), *(len(cells.get((n, s), _ABSENT)) for n in names)) + 3 for s in scales}
     room = console.width - max(len(n) for n in names) - 4
     parts: list[list[float]] = []

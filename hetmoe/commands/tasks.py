@@ -32,6 +32,7 @@ from hetmoe.evaluate.tasks.store import Store
 from hetmoe.evaluate.tasks.summary import Line, summarise, ties_note
 from hetmoe.evaluate.text import Windows, load_windows, split_windows
 from hetmoe.files import check_writable
+from hetmoe.models.analog_arguments import check_quantized
 from hetmoe.models.model import Model, model_fingerprint
 from hetmoe.placement.plan import PLACEMENTS, digital_count
 from hetmoe.placement.plan_file import load_plan
@@ -121,6 +122,8 @@ def run(request: TasksRequest) -> None:
     sample = split_windows(load_windows(model, files, request.seq), WINDOWS_TO_CALIBRATE, 0)[0]
     calibration = request.calibration(model, sample)
     placement = request.placement_of(model, sample, calibration)
+    for plan in placement.plans:
+        check_quantized(model.params, plan, None)
     store = Store(
         folder=request.output,
         settings=_settings(request, model, placement, files),

@@ -14,9 +14,11 @@ from hetmoe.analog.calibration import Calibration
 from hetmoe.analog.spec import AnalogSpec
 from hetmoe.errors import InputError
 from hetmoe.evaluate.run import Batches, Totals, evaluate_digital, evaluate_seeds
+from hetmoe.models.analog_arguments import check_quantized
 from hetmoe.models.model import Model
 from hetmoe.placement.plan import Plan, check_plan, place, stack_plans
 from hetmoe.placement.scores import score_experts
+from hetmoe.quantize.layout import layout_of
 
 _LARGEST_LOG = 700.0  # nats per token beyond which a perplexity would overflow: it is reported as exp(700)
 
@@ -136,14 +138,17 @@ def noise_sweep(
         implementation: as in `forward`.
 
     Raises:
-        InputError: for placements of another model, a placement with neither one plan nor one per seed, or a
-            log-likelihood that is not a number.
+        InputError: for placements of another model or with quantized experts on crossbars, a placement with neither
+            one plan nor one per seed, or a log-likelihood that is not a number.
     """
+    if weights != "stored" and layout_of(model.params.layers.moe.experts) is not None:
+        raise InputError(f"weights {weights!r}: beside quantized experts programmed weights must be 'stored'")
     for placement in placements:
         if len(placement.plans) not in {1, len(keys)}:
             raise InputError(f"placement {placement.name!r} has {len(placement.plans)} plans for {len(keys)} seeds")
         for plan in placement.plans:
             check_plan(plan, model.config)
+            check_quantized(model.params, plan, None)
     at_once = seeds_at_once(len(keys), weights)
     points: dict[tuple[str, float], Point] = {}
     with ThreadPoolExecutor(jobs) as executor:

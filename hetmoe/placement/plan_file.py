@@ -9,9 +9,11 @@ import numpy as np
 
 from hetmoe.errors import InputError
 from hetmoe.files import write_text
+from hetmoe.models.analog_arguments import check_quantized
 from hetmoe.models.hf_fields import read_json
 from hetmoe.models.model import Model, model_fingerprint
 from hetmoe.placement.plan import Plan, check_plan
+from hetmoe.quantize.layout import layout_of
 
 FORMAT = "hetmoe-plan-2"
 _LAYERWISE = ("attention", "shared_experts", "dense_ffn")
@@ -20,15 +22,50 @@ _LAYERWISE = ("attention", "shared_experts", "dense_ffn")
 def save_plan(path: str | Path, plan: Plan, model: Model, *, made_by: dict[str, Any] | None = None) -> None:
     """Writes a plan for `model`; `made_by` records how it came about (rule, fraction, seed).
 
+    For a model with quantized experts the plan says too where each expert runs: "analog", "digital", or "digital at b
+    bits" (of gate, up and down, where these differ).
+
     Raises:
         InputError: if the plan does not fit the model, or the file cannot be written.
     """
     check_plan(plan, model.config)
-    write_plan(Path(path), plan, name=model.name, fingerprint=model_fingerprint(model), made_by=made_by or {})
+    check_quantized(model.params, plan, None)
+    where = experts_run_on(plan, model)
+    identity = model_fingerprint(model)
+    write_plan(Path(path), plan, name=model.name, fingerprint=identity, made_by=made_by or {}, where=where)
 
 
-def write_plan(path: Path, plan: Plan, *, name: str, fingerprint: str, made_by: dict[str, Any]) -> None:
-    """Writes a plan for a model of which name and fingerprint are known."""
+def experts_run_on(plan: Plan, model: Model) -> list[list[str]] | None:
+    """Where each expert of each layer runs, in words; None for a model without quantized experts."""
+    layout = layout_of(model.params.layers.moe.experts)
+    if layout is None:
+        return None
+    bits, analog = layout.bits(), np.asarray(plan.experts)
+    return [
+        [_where(bool(is_analog), of.tolist()) for is_analog, of in zip(row, bits_row, strict=True)]
+        for row, bits_row in zip(analog, bits, strict=True)
+    ]
+
+
+def _where(is_analog: bool, bits: list[int]) -> str:
+    if is_analog:
+        return "analog"
+    if not any(bits):
+        return "digital"
+    same = len(set(bits)) == 1
+    return f"digital at {bits[0] if same else ', '.join(map(str, bits))} bits"
+
+
+def write_plan(
+    path: Path,
+    plan: Plan,
+    *,
+    name: str,
+    fingerprint: str,
+    made_by: dict[str, Any],
+    where: list[list[str]] | None = None,
+) -> None:
+    """Writes a plan for a model of which name, fingerprint and `experts_run_on` are known."""
     record: dict[str, Any] = {
         "format": FORMAT,
         "model": {"name": name, "fingerprint": fingerprint},
@@ -41,6 +78,8 @@ def write_plan(path: Path, plan: Plan, *, name: str, fingerprint: str, made_by: 
         flags = getattr(plan, field)
         record[field] = None if flags is None else np.asarray(flags).tolist()
     record["lm_head"] = None if plan.lm_head is None else bool(plan.lm_head)
+    if where is not None:
+        record["experts_run_on"] = where
     write_text(path, json.dumps(record, indent=2) + "\n")
 
 
@@ -81,7 +120,29 @@ def load_plan(path: str | Path, model: Model) -> Plan:
             raise
         raise InputError(f"plan {path}: malformed ({type(error).__name__}: {error})") from None
     check_plan(plan, model.config)
+    check_quantized(model.params, plan, None)
+    _check_where(path, record.get("experts_run_on"), experts_run_on(plan, model), model)
     return plan
+
+
+def _check_where(path: Path, said: Any, found: list[list[str]] | None, model: Model) -> None:
+    """A plan that names bits is of one quantization of the model."""
+    if said is None or said == found:
+        return
+    if found is None:
+        raise InputError(
+            f"plan {path}: is for {model.name!r} with quantized experts, and these are not: load the directory that it "
+            "was written beside"
+        )
+    for layer, row in enumerate(found):
+        theirs = said[layer] if isinstance(said, list) and layer < len(said) and isinstance(said[layer], list) else []
+        for expert, where in enumerate(row):
+            there = theirs[expert] if expert < len(theirs) else None
+            if there != where:
+                raise InputError(
+                    f"plan {path}: expert {expert} of layer {layer} (of those with experts) is {there!r} there and "
+                    f"{where!r} in {model.name!r}: the plan is of another quantization"
+                )
 
 
 def _indices(values: list[Any], limit: int) -> list[int]:

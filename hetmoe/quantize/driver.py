@@ -57,7 +57,7 @@ def quantize_experts(
         InputError: for a model that is quantized, bits that do not exist or do not fit the model, groups that do not
             divide a matrix's rows, weights that are not finite, and calibration text that is missing or too short.
     """
-    refuse_quantized(model.params, "nothing can quantize again")
+    refuse_quantized(model.params, "hetmoe cannot quantize again")
     config, experts = model.config, model.params.layers.moe.experts
     _check(config, bits, recipe, experts)
     activations = None

@@ -19,6 +19,7 @@ from hetmoe.evaluate.rules import Scorer
 from hetmoe.evaluate.text import heldout_files, read_text
 from hetmoe.models.model import Model, model_fingerprint
 from hetmoe.placement.scores import RANDOM, score_experts
+from hetmoe.quantize.mixed import refuse_quantized
 from hetmoe.sweep.code_digest import code_record
 from hetmoe.sweep.config import SweepConfig
 from hetmoe.sweep.points import score_name
@@ -81,6 +82,8 @@ def load_for_sweep(config: SweepConfig) -> Model:
         InputError: as `load_model`, or if a window of text exceeds the model's context.
     """
     model = load_model(config.model, config.dtype)
+    if config.grid.rules or set(config.grid.placements) != {"all_digital"}:
+        refuse_quantized(model.params, f"{config.source}: rules and analog placements are not of")
     if config.text.seq > model.config.max_position_embeddings:
         raise InputError(
             f"{config.source}: [text] seq {config.text.seq} exceeds the model's context of "
