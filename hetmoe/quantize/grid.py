@@ -71,7 +71,7 @@ def dequantize(quantized: Quantized) -> Float[Array, "*lead K N"]:
     """The weights that codes stand for, `(code - zero) * scale` in float32."""
     grid = quantized.grid
     *lead, rows, columns = quantized.codes.shape
-    grouped = quantized.codes.reshape(*lead, -1, grid.group, columns).astype(jnp.float32)
+    grouped = quantized.codes.reshape(*lead, rows // grid.group, grid.group, columns).astype(jnp.float32)
     scale = quantized.scale.astype(jnp.float32)[..., None, :]
     zero = zero_or_middle(quantized.scale, quantized.zero, grid)[..., None, :]
     return ((grouped - zero) * scale).reshape(*lead, rows, columns)

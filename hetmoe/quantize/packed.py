@@ -79,7 +79,8 @@ def _pack_plane(part: Array, bits: int, group: int) -> Array:
 def _unpack_plane(plane: Array, bits: int, group: int) -> Array:
     *lead, byte_rows, columns = plane.shape
     per_byte = 8 // bits
-    split = plane.reshape(*lead, -1, 1, group // per_byte, columns)
+    held = group // per_byte  # rows of bytes in a group
+    split = plane.reshape(*lead, byte_rows // held, 1, held, columns)
     return ((split >> _shifts(bits, split.ndim)) & (2**bits - 1)).reshape(*lead, byte_rows * per_byte, columns)
 
 

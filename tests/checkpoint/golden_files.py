@@ -26,6 +26,7 @@ NUMPY: dict[str, Any] = {
     "BF16": ml_dtypes.bfloat16,
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "I32": np.int32,
+    "U8": np.uint8,
 }
 NAMES = {np.dtype(dtype): name for name, dtype in NUMPY.items()}
 
