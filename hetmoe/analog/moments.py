@@ -6,6 +6,7 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from hetmoe.analog.tiles import row_blocks
+from hetmoe.ops.largest import largest
 
 # Magnitudes are counted in bins of 1/16 octave from 2**-24 to 2**16: a quantile is known to 4.4 %.
 BINS_PER_OCTAVE, LOWEST_OCTAVE, OCTAVES = 16, -24, 40
@@ -57,7 +58,7 @@ def observe_inputs(
             counts = jnp.zeros((groups * bins,), jnp.float32)
             counts = counts.at[index.reshape(-1)].add(jnp.broadcast_to(weight, part.shape).reshape(-1))
             counts = counts.reshape(groups, bins)
-        maximum = jax.ops.segment_max(jnp.max(jnp.abs(part), axis=(1, 2)), group, num_segments=groups)
+        maximum = jax.ops.segment_max(largest(jnp.abs(part), (1, 2)), group, num_segments=groups)
         parts.append(
             Moments(
                 count=add(jnp.broadcast_to(weight, part.shape)),

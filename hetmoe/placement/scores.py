@@ -18,6 +18,7 @@ from hetmoe.models.model import Model
 from hetmoe.models.params import MoE, Params
 from hetmoe.models.routing import Routing
 from hetmoe.models.transformer import hidden_states
+from hetmoe.ops.largest import largest
 from hetmoe.placement.measured import measure
 from hetmoe.placement.module_scores import ModuleScores
 from hetmoe.placement.noise_sensitivity import noise_sensitivity
@@ -36,11 +37,11 @@ def max_neuron_norm(moe: MoE, down_axis: DownAxis = "hidden") -> Float[Array, "l
     """
     check_down_axis(down_axis)
 
-    def largest(w: Array, summed_axis: int) -> Array:
-        return jnp.max(jnp.linalg.norm(w.astype(jnp.float32), axis=summed_axis), axis=-1)
+    def largest_norm(w: Array, summed_axis: int) -> Array:
+        return largest(jnp.linalg.norm(w.astype(jnp.float32), axis=summed_axis), -1)
 
-    down = largest(moe.experts.down, -1 if down_axis == "hidden" else -2)
-    return largest(moe.experts.up, -2) * largest(moe.experts.gate, -2) * down
+    down = largest_norm(moe.experts.down, -1 if down_axis == "hidden" else -2)
+    return largest_norm(moe.experts.up, -2) * largest_norm(moe.experts.gate, -2) * down
 
 
 def check_down_axis(down_axis: str) -> DownAxis:

@@ -16,6 +16,7 @@ from hetmoe.errors import InputError
 from hetmoe.models.abstract import Leaf, abstract_params, is_leaf
 from hetmoe.models.model import fingerprint
 from hetmoe.models.params import MoE
+from hetmoe.ops.largest import largest
 from hetmoe.placement.scores import DownAxis, check_down_axis, random_scores, router_norm
 
 STREAMED = ("max_neuron_norm", "router_norm", "random")  # rules that need no forward pass
@@ -23,7 +24,7 @@ STREAMED = ("max_neuron_norm", "router_norm", "random")  # rules that need no fo
 
 @jax.jit(static_argnames=("axis", "dtype"))
 def _largest_norm(matrix: jax.Array, axis: int, dtype: Any) -> jax.Array:
-    return jnp.sqrt(jnp.max(jnp.sum(jnp.square(matrix.astype(dtype).astype(jnp.float32)), axis=axis)))
+    return jnp.sqrt(largest(jnp.sum(jnp.square(matrix.astype(dtype).astype(jnp.float32)), axis=axis), 0))
 
 
 def stream_scores(

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from hetmoe.analog.random import require_key
 from hetmoe.errors import InputError
+from hetmoe.ops.largest import largest
 
 Order = Int[np.ndarray, "*layers experts"]
 
@@ -113,7 +114,7 @@ def max_variance(
     w = first.astype(jnp.float32)
     variance = jnp.var(w, axis=-2)
     if how == "all":
-        return jnp.max(variance, axis=-1)
+        return largest(variance, -1)
     neuron = jnp.argmax(jnp.sum(jnp.square(w), axis=-2), axis=-1, keepdims=True)
     return jnp.take_along_axis(variance, neuron, axis=-1)[..., 0]
 
