@@ -1,7 +1,10 @@
 """Writing result files whole or not at all."""
 
+import contextlib
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from hetmoe.errors import InputError
@@ -35,6 +38,30 @@ def make_directory(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be made a directory ({error.strerror})") from None
+
+
+@contextlib.contextmanager
+def staged_directory(path: Path) -> Iterator[Path]:
+    """A temporary directory beside `path`, to be filled; it is renamed to `path` at the end, and removed on errors.
+
+    Whenever it is interrupted, `path` is absent (or as empty as it was) or complete. A killed process leaves the
+    temporary directory behind: write last what makes a directory load.
+
+    Raises:
+        InputError: if `path` exists and is not empty, or its folder cannot be made or written.
+    """
+    check_new_directory(path)
+    make_directory(path.parent)
+    try:
+        temporary = Path(tempfile.mkdtemp(dir=path.parent.absolute(), prefix=f".{path.name[:60]}.partial-"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        os.replace(temporary, path)  # noqa: PTH105 (Path.replace has no other meaning here, but reads as of files)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

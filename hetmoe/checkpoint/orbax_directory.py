@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import os
-import shutil
-import tempfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +16,7 @@ from hetmoe.checkpoint.read import count_non_finite, warn_of_non_finite
 from hetmoe.checkpoint.storage import FLOATS
 from hetmoe.checkpoint.weight_files import inside
 from hetmoe.errors import InputError
-from hetmoe.files import check_new_directory, make_directory
+from hetmoe.files import staged_directory
 from hetmoe.models.abstract import Leaf, abstract_params, is_leaf
 from hetmoe.models.config import ModelConfig
 from hetmoe.models.hf_config import config_from_hf
@@ -59,14 +57,8 @@ def write(directory: Path, model: Model) -> None:
     Raises:
         InputError: if the target exists and is not empty, or its folder cannot be made.
     """
-    check_new_directory(directory)
     layout = layout_of(model.params.layers.moe.experts)
-    make_directory(directory.parent)
-    try:
-        temporary = Path(tempfile.mkdtemp(dir=directory.parent.absolute(), prefix=f".{directory.name[:60]}.partial-"))
-    except OSError as error:
-        raise InputError(f"{directory}: cannot be written ({error.strerror})") from None
-    try:
+    with staged_directory(directory) as temporary:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(temporary / TREE, _arranged(model.params, layout))
         if model.tokenizer is not None:
@@ -80,10 +72,6 @@ def write(directory: Path, model: Model) -> None:
             "files": _digests(temporary / TREE),
         } | ({} if layout is None else {"quantization": layout.to_json()})
         (temporary / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        temporary.chmod(0o755)
-        os.replace(temporary, directory)  # noqa: PTH105 (Path.replace has no other meaning here, but reads as of files)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_record(directory: Path) -> Record:

@@ -11,7 +11,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.export import is_symbolic_dim
 from jaxtyping import Array, Float, Int
+
+ANY_LOAD = 16  # slots of a block where the number of copies is open; see `choose_block_size`
 
 
 @struct.dataclass
@@ -29,8 +32,10 @@ def choose_block_size(copies: int, experts: int) -> int:
 
     Padding wastes about half a block per expert; a matmul of fewer than 64 rows wastes the core.
     Measured on two CPU cores at 128 x 128 matrices (`experiments/bench_cpu.py`): 16 to 64 are within 5 %, 256 takes 1.4
-    times as long.
+    times as long. In a program for any number of tokens (`jax.export` with symbolic dimensions) it is `ANY_LOAD`.
     """
+    if is_symbolic_dim(copies):
+        return ANY_LOAD
     size = 8
     while size < 128 and size * 4 * experts < copies:
         size *= 2
@@ -49,10 +54,11 @@ def dispatch(experts: Int[Array, "tokens copies"], num_experts: int, block_size:
     Returns:
         A `Dispatch` with the most blocks that any load needs: with n copies, m = min(n, num_experts) experts get one
         at least, and every other `block_size` copies may open another block; then blocks of padding up to `multiple`.
+        (Where n is symbolic, m = num_experts: not fewer blocks, since they do not become fewer with m.)
     """
     tokens, copies = experts.shape
     flat = experts.reshape(-1)
-    busy = min(num_experts, flat.size)
+    busy = num_experts if is_symbolic_dim(flat.size) else min(num_experts, flat.size)
     blocks = busy + (flat.size - busy) // block_size
     blocks = -(-blocks // multiple) * multiple
     one_hot = flat[:, None] == jnp.arange(num_experts, dtype=flat.dtype)[None, :]
