@@ -22,6 +22,7 @@ from hetmoe.cli_options import (
     INPUT_RANGE,
     JSON_FILE,
     MODEL,
+    ONE_NOISE_SCALE,
     RANGE_K,
     READ_NOISE,
     READ_NOISE_KIND,
@@ -33,6 +34,7 @@ from hetmoe.cli_options import (
     TEXT,
     TILE_ROWS,
     TIME,
+    WEIGHTS,
 )
 from hetmoe.errors import CheckpointWarning, InputError, Interrupted
 
@@ -160,17 +162,85 @@ def calibrate(
     )  # fmt: skip
 
 
-@app.command(epilog="Example: hetmoe convert allenai/OLMoE-1B-7B-0924 olmoe-orbax")
+@app.command(
+    epilog="Example: hetmoe convert allenai/OLMoE-1B-7B-0924 olmoe-orbax, or as a program: hetmoe convert reference "
+    "--stablehlo --plan plan.json --noise-scale 2 -o forward"
+)
 def convert(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Model directory, name on the hub, or converted checkpoint.")],
-    output: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
+    target: Annotated[
+        Path | None, typer.Argument(metavar="OUTPUT", help="Directory to write; must not exist. Or name it with -o.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory to write.")] = None,
     to: Annotated[str, typer.Option(help="orbax, or safetensors (the Hugging Face layout).")] = "orbax",
+    stablehlo: Annotated[
+        bool, typer.Option("--stablehlo", help="Write the forward pass as programs instead (options below).")
+    ] = False,
+    platform: Annotated[
+        list[str] | None,
+        typer.Option(help="cpu, cuda or tpu; repeatable; default: all that the implementation runs on."),
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows of tokens; default: any number.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a row; default: any number up to 512.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="Place by a saved plan.")] = None,
+    rule: Annotated[str | None, typer.Option(help="Place by this rule; default max_neuron_norm.")] = None,
+    digital: Annotated[float | None, typer.Option(help="Fraction of digital experts; default 0.125.")] = None,
+    placement: Annotated[str | None, typer.Option(help="all_digital, experts_analog or all_analog.")] = None,
+    device: DEVICE = "pcm",
+    noise_scale: ONE_NOISE_SCALE = 1.0,
+    time: TIME = None,
+    drift_compensation: COMPENSATION = False,
+    read_noise: READ_NOISE = 0.0,
+    read_noise_kind: READ_NOISE_KIND = "pcm",
+    seed: SEED = 0,
+    text: TEXT = None,
+    seq: SEQ = 256,
+    weights: WEIGHTS = "stored",
+    implementation: IMPLEMENTATION = "xla",
+    input_range: INPUT_RANGE = "ema_std",
+    range_k: RANGE_K = 12.0,
+    adc_bound: ADC_BOUND = None,
+    bound_axis: BOUND_AXIS = "tile",
+    dac_bits: DAC_BITS = 8,
+    adc_bits: ADC_BITS = 8,
+    tile_rows: TILE_ROWS = 512,
+    calibration: CALIBRATION = None,
+    down_axis: DOWN_AXIS = "hidden",
     dtype: DTYPE = None,
 ) -> None:
-    """Convert a model to an Orbax checkpoint, or back."""
-    from hetmoe.commands.convert import run
+    """Convert a model to an Orbax checkpoint, or back, or (--stablehlo) its forward pass to programs.
 
-    run(model, output, to, dtype)
+    Programs (jax.export: versioned, one for each platform) take all weights as arguments and run without hetmoe.
+    Without --plan, --rule, --digital or --placement they are digital.
+    """
+    from hetmoe.commands import convert, export
+
+    where = convert.only_output(target, output)
+    given = frozenset(n for n in context.params if _typed(context, n))
+    if not stablehlo:
+        convert.refuse_program_options(given)
+        convert.run(model, where, to, dtype)
+        return
+    platforms = platform or list(export.default_platforms(implementation))
+    export.run(
+        export.ExportRequest(
+            model=model, output=where, plan=plan, rule=rule, fraction=digital, placement=placement, device=device,
+            noise_scale=noise_scale, time_s=time, drift_compensation=drift_compensation, read_noise=read_noise,
+            read_noise_kind=read_noise_kind, seed=seed, text=text, seq=seq, weights=weights,
+            implementation=implementation, input_range=input_range, range_k=range_k,
+            adc_bound=_adc_bound(adc_bound, input_range, calibration),
+            bound_axis=bound_axis, dac_bits=dac_bits or None, adc_bits=adc_bits or None, tile_rows=tile_rows,
+            calibration_file=calibration, down_axis=down_axis, platforms=platforms, batch=batch, length=length,
+            dtype=dtype, given=given,
+        )
+    )  # fmt: skip
+
+
+def _typed(context: typer.Context, name: str) -> bool:
+    """Whether an option was on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 @app.command(epilog="Example: hetmoe quantize reference --bits 2.5 --levels 1,2,3 -o quantized")
@@ -257,12 +327,7 @@ def eval(  # noqa: A001
     seq: SEQ = 256,
     batch: Annotated[int, typer.Option(help="Windows run at once.")] = 16,
     jobs: Annotated[int | None, typer.Option(help="Seeds run side by side; default 2 on CPU, 1 elsewhere.")] = None,
-    weights: Annotated[
-        str,
-        typer.Option(
-            help="When crossbars are programmed: stored (once), layer or kernel (in every pass: less memory)."
-        ),
-    ] = "stored",
+    weights: WEIGHTS = "stored",
     implementation: IMPLEMENTATION = "xla",
     input_range: INPUT_RANGE = "ema_std",
     range_k: RANGE_K = 12.0,
@@ -352,7 +417,7 @@ def tasks(
     digital: Annotated[float | None, typer.Option(help="Fraction of digital experts; default 0.125.")] = None,
     placement: Annotated[str | None, typer.Option(help="all_digital, experts_analog or all_analog.")] = None,
     device: DEVICE = "pcm",
-    noise_scale: Annotated[float, typer.Option(help="Scale c of programming noise.")] = 1.0,
+    noise_scale: ONE_NOISE_SCALE = 1.0,
     time: TIME = None,
     drift_compensation: COMPENSATION = False,
     read_noise: READ_NOISE = 0.0,

@@ -49,6 +49,11 @@ IMPLEMENTATION = Annotated[
         "interpret_cuda (slow)."
     ),
 ]
+WEIGHTS = Annotated[
+    str,
+    typer.Option(help="When crossbars are programmed: stored (once), layer or kernel (in every pass: less memory)."),
+]
+ONE_NOISE_SCALE = Annotated[float, typer.Option(help="Scale c of programming noise.")]
 SEEDS = Annotated[int, typer.Option(help="Noise seeds.")]
 SEED = Annotated[int, typer.Option(help="Base seed.")]
 RUN_DTYPE = Annotated[str, typer.Option(help="float32, bfloat16 or float16 for weights and activations.")]

@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from hetmoe.errors import InputError
@@ -41,7 +41,7 @@ def make_directory(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def staged_directory(path: Path) -> Iterator[Path]:
+def staged_directory(path: Path) -> Generator[Path]:
     """A temporary directory beside `path`, to be filled; it is renamed to `path` at the end, and removed on errors.
 
     Whenever it is interrupted, `path` is absent (or as empty as it was) or complete. A killed process leaves the

@@ -55,11 +55,12 @@ class HardwareOptions:
         """How DAC ranges are calibrated."""
         return RangeMethod(method=self.input_range, k=self.range_k)  # pyright: ignore[reportArgumentType]
 
-    def calibration(self, model: Model, windows: Windows) -> Calibration | None:
-        """DAC ranges from the file, or from text; None where they are dynamic."""
+    def calibration(self, model: Model, windows: Windows | None) -> Calibration | None:
+        """DAC ranges from the file, or from text (else `windows` may be None); None where they are dynamic."""
         if self.calibration_file is not None:
             return load_calibration(self.calibration_file, model, self.bound_axis).calibration
         if self.input_range == "dynamic":
             return None
+        assert windows is not None
         tokens = jnp.asarray(windows.tokens[:, :-1])
         return calibrate(model.params, tokens, model.config, self.range_method(), tile_rows=self.tile_rows)

@@ -15,45 +15,37 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from hetmoe.analog.calibration import Calibration
 from hetmoe.analog.spec import describe
 from hetmoe.checkpoint.load import load_model, parse_dtype
 from hetmoe.commands.common import choose_text, make_console, write_json
 from hetmoe.commands.hardware import HardwareOptions
+from hetmoe.commands.one_placement import PlacementOptions
 from hetmoe.errors import InputError, Interrupted
 from hetmoe.evaluate.execution import check_execution
 from hetmoe.evaluate.noise_sweep import Placement
 from hetmoe.evaluate.prepare import WINDOWS_TO_CALIBRATE, noise_keys
 from hetmoe.evaluate.provenance import provenance
-from hetmoe.evaluate.rules import Scorer, scoring_scale
+from hetmoe.evaluate.rules import scoring_scale
 from hetmoe.evaluate.tasks.names import Metrics
 from hetmoe.evaluate.tasks.run import Analog, chips_to_run, run_tasks
 from hetmoe.evaluate.tasks.store import Store
 from hetmoe.evaluate.tasks.summary import Line, summarise, ties_note
-from hetmoe.evaluate.text import Windows, load_windows, split_windows
+from hetmoe.evaluate.text import load_windows, split_windows
 from hetmoe.files import check_writable
 from hetmoe.models.analog_arguments import check_quantized
 from hetmoe.models.model import Model, model_fingerprint
-from hetmoe.placement.plan import PLACEMENTS, digital_count
-from hetmoe.placement.plan_file import load_plan
-from hetmoe.placement.scores import RULES
 from hetmoe.sweep.code_digest import code_record
 from hetmoe.sweep.setup import model_identity
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TasksRequest(HardwareOptions):
+class TasksRequest(HardwareOptions, PlacementOptions):
     """The options of `hetmoe tasks`, named as there."""
 
     model: str
     tasks: list[str]
-    plan: Path | None
-    rule: str | None
-    fraction: float | None
-    placement: str | None
     noise_scale: float
     seeds: int
-    seed: int
     data: Path | None
     limit: int | None
     num_fewshot: int | None
@@ -61,7 +53,6 @@ class TasksRequest(HardwareOptions):
     seq: int
     batch_tokens: int
     implementation: str
-    down_axis: str
     dtype: str
     output: Path
     json_file: Path | None
@@ -73,17 +64,7 @@ class TasksRequest(HardwareOptions):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"--{name.replace('_', '-')} {value} must be at least {least}")
-        by_rule = self.fraction if self.rule is None else self.rule
-        ways = {"--plan": self.plan, "--placement": self.placement, "--rule or --digital": by_rule}
-        given = [name for name, value in ways.items() if value is not None]
-        if len(given) > 1:
-            raise InputError(f"one placement at a time: give only one of {', '.join(given)}")
-        if self.placement is not None and self.placement not in PLACEMENTS:
-            raise InputError(f"unknown placement {self.placement!r}: use one of {', '.join(PLACEMENTS)}")
-        if self.rule is not None and self.rule not in RULES:
-            raise InputError(f"unknown rule {self.rule!r}: use one of {', '.join(RULES)}")
-        if self.fraction is not None:
-            digital_count(self.fraction, 1)
+        self.check_placement()
         if len(set(self.tasks)) != len(self.tasks):
             raise InputError("--task may name a task only once")
         self.check_hardware([self.noise_scale])
@@ -96,17 +77,6 @@ class TasksRequest(HardwareOptions):
         check_writable(self.output / "settings.json")
         if self.json_file is not None:
             check_writable(self.json_file)
-
-    def placement_of(self, model: Model, sample: Windows, calibration: Calibration | None) -> Placement:
-        """The one placement that was asked for; by default the rule's."""
-        if self.plan is not None:
-            return Placement(name=f"plan {self.plan.stem}", plans=[load_plan(self.plan, model)])
-        if self.placement is not None:
-            return Placement(name=self.placement.replace("_", " "), plans=[PLACEMENTS[self.placement](model.config)])
-        rule = "max_neuron_norm" if self.rule is None else self.rule
-        fraction = 0.125 if self.fraction is None else self.fraction
-        scorer = Scorer(model=model, sample=sample, down_axis=self.down_axis, seed=self.seed, calibration=calibration)
-        return scorer.placements(rule, [fraction], self.seeds, self.spec(scoring_scale([self.noise_scale])))[0]
 
 
 def run(request: TasksRequest) -> None:
@@ -121,7 +91,8 @@ def run(request: TasksRequest) -> None:
     files = choose_text(request.text)
     sample = split_windows(load_windows(model, files, request.seq), WINDOWS_TO_CALIBRATE, 0)[0]
     calibration = request.calibration(model, sample)
-    placement = request.placement_of(model, sample, calibration)
+    scored = request.spec(scoring_scale([request.noise_scale]))
+    placement = request.chosen_placement(model, sample, calibration, scored, request.seeds)
     for plan in placement.plans:
         check_quantized(model.params, plan, None)
     store = Store(
