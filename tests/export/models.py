@@ -11,7 +11,7 @@ from hetmoe.models.config import ModelConfig
 from hetmoe.models.model import Model
 from hetmoe.models.params import Params
 from hetmoe.models.transformer import forward
-from hetmoe.placement.plan import all_analog
+from hetmoe.placement.plan import all_analog, experts_analog
 from tests.models.test_forward_quantized import CONFIG, models, partly
 from tests.models.tiny import full_config, random_params, tiny_config
 
@@ -43,6 +43,6 @@ def case(name: str) -> Case:
         params = random_params(config, 0)
     if name in ("plain", "full"):
         return Case(make_model(params, config), {})
-    plan = partly(all_analog(config)) if name == "mixed" else all_analog(config)
-    programmed = _program(KEY, params, SPEC, dense=True)
+    plan = partly(experts_analog(config)) if name == "mixed" else all_analog(config)
+    programmed = _program(KEY, params, SPEC, dense=plan.switches_dense)
     return Case(make_model(params, config), {"plan": plan, "spec": SPEC, "programmed": programmed})

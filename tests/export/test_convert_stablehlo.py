@@ -37,7 +37,7 @@ def test_a_planned_model_becomes_a_program(run, model_directory, tmp_path):
     key = hetmoe.evaluate.prepare.noise_keys(4, 2)[0]
     spec = hetmoe.analog_spec("additive", noise_scale=3.0)
     programmed = hetmoe.program(key, model.params, spec, dense=False)
-    tokens = random_tokens(model.config, 0, (2, 9))
+    tokens = random_tokens(model.config, 0, (3, 64))  # the size that the command has compiled
     wanted = run_forward(model.params, tokens, model.config, plan=plan, spec=spec, programmed=programmed)
     np.testing.assert_allclose(load_exported(tmp_path / "out")(tokens), wanted, rtol=0, atol=1e-5)
 
