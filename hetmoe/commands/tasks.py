@@ -94,7 +94,7 @@ def run(request: TasksRequest) -> None:
     scored = request.spec(scoring_scale([request.noise_scale]))
     placement = request.chosen_placement(model, sample, calibration, scored, request.seeds)
     for plan in placement.plans:
-        check_quantized(model.params, plan, None)
+        check_quantized(model.params, plan)
     store = Store(
         folder=request.output,
         settings=_settings(request, model, placement, files),

@@ -148,7 +148,7 @@ def noise_sweep(
             raise InputError(f"placement {placement.name!r} has {len(placement.plans)} plans for {len(keys)} seeds")
         for plan in placement.plans:
             check_plan(plan, model.config)
-            check_quantized(model.params, plan, None)
+            check_quantized(model.params, plan)
     at_once = seeds_at_once(len(keys), weights)
     points: dict[tuple[str, float], Point] = {}
     with ThreadPoolExecutor(jobs) as executor:

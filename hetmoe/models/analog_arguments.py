@@ -55,7 +55,9 @@ def check_analog(
         require_key(read_key)
 
 
-def check_quantized(params: Params, plan: Plan | None, programmed: ProgrammedWeights | SeededWeights | None) -> None:
+def check_quantized(
+    params: Params, plan: Plan | None, programmed: ProgrammedWeights | SeededWeights | None = None
+) -> None:
     """Checks what a model with quantized experts is given.
 
     Raises:

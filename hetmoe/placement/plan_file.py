@@ -29,7 +29,7 @@ def save_plan(path: str | Path, plan: Plan, model: Model, *, made_by: dict[str, 
         InputError: if the plan does not fit the model, or the file cannot be written.
     """
     check_plan(plan, model.config)
-    check_quantized(model.params, plan, None)
+    check_quantized(model.params, plan)
     where = experts_run_on(plan, model)
     identity = model_fingerprint(model)
     write_plan(Path(path), plan, name=model.name, fingerprint=identity, made_by=made_by or {}, where=where)
@@ -120,7 +120,7 @@ def load_plan(path: str | Path, model: Model) -> Plan:
             raise
         raise InputError(f"plan {path}: malformed ({type(error).__name__}: {error})") from None
     check_plan(plan, model.config)
-    check_quantized(model.params, plan, None)
+    check_quantized(model.params, plan)
     _check_where(path, record.get("experts_run_on"), experts_run_on(plan, model), model)
     return plan
 

@@ -19,6 +19,7 @@ from hetmoe.quantize.expected_loss import expected_increase
 from hetmoe.quantize.grid import BITS
 from hetmoe.quantize.hqq import half_quadratic
 from hetmoe.quantize.levels import Alternative, Counts, assign, level_counts
+from hetmoe.quantize.mixed import refuse_quantized
 from hetmoe.quantize.order import (
     Order,
     by_activation_frequency,
@@ -138,6 +139,7 @@ def allocate(
     Raises:
         InputError: for a missing or unusable text or initial router, no digital expert, or a budget that is too small.
     """
+    refuse_quantized(model.params, "no bits are given to")
     shape = (len(model.config.moe_layers), model.config.num_experts)
     wanted = np.ones(shape, bool) if digital is None else np.asarray(digital)
     if wanted.shape != shape:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,7 @@ def test_bytes_are_bits_and_stated_overhead(folder: pathlib.Path) -> None:
     assert 8 * sum(stored) == wanted == 8 * sum(array.nbytes for array in held)
 
 
-def matrices() -> list:
+def matrices() -> list[Any]:
     experts = quantized().params.layers.moe.experts
     return [experts.gate, experts.up, experts.down]
 
@@ -129,7 +130,7 @@ GATE = "model.layers.0.mlp.experts.1.gate_proj.weight"  # at 3 bits
         ({GATE.replace("experts.1", "experts.2"): None}, ("1 tensors are missing", "experts.2.gate_proj")),
     ],
 )
-def test_damaged_tensors_are_refused(folder: pathlib.Path, changes: dict, words: tuple[str, ...]) -> None:
+def test_damaged_tensors_are_refused(folder: pathlib.Path, changes: dict[str, Any], words: tuple[str, ...]) -> None:
     edit_tensors(folder, **changes)
     load_refuses(folder, str(folder), *words)
 
@@ -152,7 +153,9 @@ def test_damaged_tensors_are_refused(folder: pathlib.Path, changes: dict, words:
         (("activation_scheme",), "dynamic", ("activation_scheme='dynamic' is not known",)),
     ],
 )
-def test_malformed_layouts_are_refused(folder: pathlib.Path, path: tuple, value: object, words: tuple) -> None:
+def test_malformed_layouts_are_refused(
+    folder: pathlib.Path, path: tuple[Any, ...], value: object, words: tuple[str, ...]
+) -> None:
     file = folder / "config.json"
     content = json.loads(file.read_text())
     node = content["quantization_config"]

@@ -78,8 +78,9 @@ def test_three_levels_and_their_alternative() -> None:
     found = allocate(with_routers(NORMS), rule("router_norm", 2.25, (1, 2, 3), zeta=None), RTN, key=KEY)
     assert experts_at(found, 3)[0] == [0, 2, 3, 7] and experts_at(found, 2)[0] == [1, 5]
     assert experts_at(found, 1)[0] == [4, 6]
-    assert "2.25 bits: 4 at 3, 2 at 2, 2 at 1 (the paper's rule; with fewest_lowest: 2 at 3, 6 at 2, 0 at 1)" in (
-        found.notes[0]
+    assert (
+        "2.25 bits: 4 at 3, 2 at 2, 2 at 1 (the paper's rule; with fewest_lowest: 2 at 3, 6 at 2, 0 at 1)"
+        in (found.notes[0])
     )
     other = rule("router_norm", 2.25, (1, 2, 3), zeta=None, alternative="fewest_lowest")
     assert experts_at(allocate(with_routers(NORMS), other, RTN, key=KEY), 2)[0] == [0, 1, 2, 4, 5, 6]
@@ -98,7 +99,7 @@ def test_only_digital_experts_get_bits() -> None:
 def test_averages_that_cannot_be_reached_are_named() -> None:
     found = allocate(with_routers(NORMS), rule("router_norm", 2.3, zeta=None), RTN, key=KEY)
     assert float(found.average) == 2.25
-    assert "2.25 bits is the nearest to 2.3 that 8 experts can average at 2, 3 bits" in found.notes[0]
+    assert "2.25 bits is the nearest to 2.3 that 8 experts can average at 3,2 bits" in found.notes[0]
 
 
 def test_frequency_and_random_orders() -> None:
@@ -125,7 +126,8 @@ def test_expected_loss_keeps_to_its_budget() -> None:
     assert set(found.bits.flat) <= {1, 3, 4}
     assert re.fullmatch(r"expected increase \S+ nats per token \(curvature; matrices added up\), the least there is",
                         found.notes[0])  # fmt: skip
-    # With groups of 32 a matrix of 64 x 96 takes 768 + 384 bytes at 1 bit (no zeros), 2,304 + 768 at 3, 3,072 + 768 at 4.
+    # With groups of 32 a matrix of 64 x 96 takes 768 + 384 bytes at 1 bit (no zeros),
+    # 2,304 + 768 at 3 and 3,072 + 768 at 4.
     budget = 48 * 1152 + 5 * (3072 - 1152) + 7
     bytes_rule = rule("expected_loss", None, (1, 3, 4), max_bytes=budget)
     found = allocate(plain(), bytes_rule, RTN, key=KEY, windows=text)
@@ -134,8 +136,8 @@ def test_expected_loss_keeps_to_its_budget() -> None:
     assert sum(b > 1 for b in found.bits.flat) in (4, 5)
     with pytest.raises(InputError, match="needs text"):
         allocate(plain(), rule("expected_loss"), RTN, key=KEY)
+    few = rule("expected_loss", None, (1, 3, 4), max_bytes=48 * 1152 - 1)
     with pytest.raises(InputError, match="too small"):
-        few = rule("expected_loss", None, (1, 3, 4), max_bytes=48 * 1152 - 1)
         allocate(plain(), few, RTN, key=KEY, windows=text)
 
 

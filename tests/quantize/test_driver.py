@@ -148,7 +148,7 @@ def test_a_stopped_run_goes_on_with_the_same_result(tmp_path: pathlib.Path) -> N
     partial = PartialRun(tmp_path)
     assert partial.begin({"rule": "x"}) is None
 
-    def stop(layer: int) -> None:
+    def stop(_: int) -> None:
         raise Stop
 
     with pytest.raises(Stop):
