@@ -131,10 +131,12 @@ def _outcome(compared: Comparison | None) -> str:
     if compared is None:
         return "not run: this machine has no device of these platforms that a new process could open"
     tokens = " x ".join(map(str, compared.tokens))
-    how = "equal in every bit" if compared.largest_difference == 0 else f"{compared.largest_difference:.3g}"
+    found = f"largest difference {compared.largest_difference:.3g} from"
+    if compared.largest_difference == 0:
+        found = "in every bit equal to"
     return (
-        f"run on {compared.platform} in a new process, {tokens} tokens: largest difference from the jitted forward "
-        f"pass {how} (largest logit {compared.largest_logit:.3g})"
+        f"run on {compared.platform} in a new process, {tokens} tokens: logits (largest {compared.largest_logit:.3g}) "
+        f"{found} the jitted forward pass"
     )
 
 
