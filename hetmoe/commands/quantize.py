@@ -119,13 +119,12 @@ def run(request: QuantizeRequest) -> None:
     console, started = make_console(), time.perf_counter()
     model = load_model(request.model, request.dtype)
     refuse_quantized(model.params, "hetmoe cannot quantize again")
-    if request.seq > model.config.max_position_embeddings:
+    reads_text = recipe.method == "gptq" or how.rule in READ_TEXT
+    if (reads_text or request.report) and request.seq > model.config.max_position_embeddings:
         raise InputError(f"--seq {request.seq} exceeds the model's context of {model.config.max_position_embeddings}")
     plan = all_digital(model.config) if request.plan is None else load_plan(request.plan, model)
     initial = None if request.initial is None else load_model(request.initial, request.dtype)
-    windows = None
-    if recipe.method == "gptq" or how.rule in READ_TEXT:
-        windows = _windows(request, model, request.tokens)
+    windows = _windows(request, model, request.tokens) if reads_text else None
     partial = PartialRun(output)
     settings = {
         "model": model.name,
