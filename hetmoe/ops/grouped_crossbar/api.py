@@ -1,5 +1,6 @@
 """Products of rows with programmed matrices: by expert, or of all rows with one matrix; dispatch by name."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -13,12 +14,14 @@ from hetmoe.ops.crossbar_matmul import xla as crossbar_xla
 from hetmoe.ops.crossbar_matmul.base import CrossbarOptions
 from hetmoe.ops.grouped_crossbar import xla
 from hetmoe.ops.grouped_crossbar.block_sizes import BLOCKS_MULTIPLE, rows_per_block
-from hetmoe.ops.grouped_crossbar.blocks import Chip, Clean, Matrix
+from hetmoe.ops.grouped_crossbar.blocks import Chip, Matrix
+from hetmoe.ops.grouped_crossbar.digital import digital_blocks
 from hetmoe.ops.grouped_crossbar.operands import make_matrix, make_tables
 from hetmoe.ops.grouped_crossbar.packing import pad_axis, round_up
 from hetmoe.ops.grouped_crossbar.pallas import crossbar_blocks
 from hetmoe.ops.grouped_crossbar.shape import Static
 from hetmoe.ops.grouped_matmul.xla import grouped_matmul
+from hetmoe.ops.grouped_quantized.by_pool import pool_products
 from hetmoe.ops.grouped_quantized.xla import quantized_products
 from hetmoe.quantize.mixed import MixedMatrix, is_mixed, unquantized
 
@@ -105,22 +108,39 @@ def _mixed_products(
     name: str,
 ) -> tuple[Array, ...]:
     """As `expert_products` where digital experts may be quantized: NaN where those are on crossbars."""
-    if name != "xla":
-        raise NotImplementedError(f"implementation={name!r} has no kernel for quantized experts; use 'xla'")
-    on_crossbar = analog[block_expert]
-    digital = quantized_products(x, clean, block_expert, used & ~on_crossbar)
-    results: list[Array] = []
-    for w, side, noise, plain in zip(clean, analog_side, read, digital, strict=True):
+    for side in analog_side:
         if isinstance(side, SeededMatrix):
             raise NotImplementedError("beside quantized experts, programmed weights must be stored: use program()")
-        programmed: Any = side.w
-        product = xla.grouped_crossbar(
-            x, programmed.pools[0], block_expert, used & on_crossbar, analog, input_range, spec.adc_bound,
-            side.weight_max, spec.options, noise, stored=programmed.places.slot[block_expert],
-        )  # fmt: skip
+    if name != "xla":
+        refuse_read(read, name)
+    on_crossbar = analog[block_expert]
+    digital = _quantized_products(x, clean, block_expert, used & ~on_crossbar, name)
+    results: list[Array] = []
+    for w, side, noise, plain in zip(clean, analog_side, read, digital, strict=True):
+        programmed: Any = side
+        stored, slot = programmed.w.pools[0], programmed.w.places.slot[block_expert]
+        if name == "xla":
+            product = xla.grouped_crossbar(
+                x, stored, block_expert, used & on_crossbar, analog, input_range, spec.adc_bound,
+                programmed.weight_max, spec.options, noise, stored=slot,
+            )  # fmt: skip
+        else:
+            tables = make_tables(block_expert, used & on_crossbar, analog, input_range, spec.adc_bound)
+            matrix = Matrix(clean=None, programmed=stored, chip=Chip(weight_max=programmed.weight_max, noise=None))
+            at = dataclasses.replace(tables, programmed=slot)
+            found: tuple[Array, ...] = crossbar_blocks(x, at, (matrix,), _static(spec, name))
+            product = found[0]
         product = jnp.where(unquantized(w)[1][block_expert][:, None, None], product, jnp.nan)
         results.append(jnp.where(on_crossbar[:, None, None], product, plain))
     return tuple(results)
+
+
+def _quantized_products(
+    x: Array, matrices: tuple[MixedMatrix, ...], block_expert: Array, used: Array, name: str
+) -> tuple[Array, ...]:
+    if name == "xla":
+        return quantized_products(x, matrices, block_expert, used)
+    return pool_products(x, matrices, block_expert, used, IMPLEMENTATIONS[name])
 
 
 def digital_products(
@@ -145,22 +165,10 @@ def digital_products(
     """
     name = check_implementation(implementation)
     if is_mixed(weights[0]):
-        if name != "xla":
-            raise NotImplementedError(f"implementation={name!r} has no kernel for quantized experts; use 'xla'")
-        return quantized_products(x, weights, block_expert, used)
+        return _quantized_products(x, weights, block_expert, used, name)
     if name == "xla":
         return tuple(grouped_matmul(x, w, block_expert, used) for w in weights)
-    none_analog = jnp.zeros((weights[0].shape[0],), bool)
-    tables = make_tables(block_expert, used, none_analog, None, jnp.float32(0))
-    matrices = tuple(Matrix(clean=Clean(w=w, low=None, high=None), programmed=None, chip=None) for w in weights)
-    return crossbar_blocks(x, tables, matrices, _without_converters(x.shape[2], name))
-
-
-def _without_converters(rows: int, name: str) -> Static:
-    """Matrices of `rows` rows cut where no padding is needed, if they can be: a digital unit has no tiles."""
-    tile = next((size for size in (512, 384, 256, 128) if rows % size == 0), 512)
-    options = CrossbarOptions(dac_bits=None, adc_bits=None, tile_rows=tile)
-    return Static(options=options, device=None, interpret=IMPLEMENTATIONS[name])
+    return digital_blocks(x, weights, block_expert, used, IMPLEMENTATIONS[name])
 
 
 def matrix_product(

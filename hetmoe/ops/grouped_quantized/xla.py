@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from hetmoe.quantize.mixed import MixedMatrix, expert_weights
+from hetmoe.quantize.mixed import MixedMatrix, Places, expert_weights
+from hetmoe.quantize.packed import Packed
 
 
 def quantized_feed_forward(
@@ -50,6 +51,15 @@ def quantized_products(
         _over_blocks(lambda rows, w: _product(rows, w[0]), x, (matrix,), block_expert, used, matrix.shape[-1])
         for matrix in matrices
     )
+
+
+def transposed_product(
+    grad: Float[Array, "blocks block N"], packed: Packed, slot: Int[Array, "blocks"], used: Bool[Array, "blocks"]
+) -> Float[Array, "blocks block K"]:
+    """Every block times the transpose of the packed matrix that `slot` names, in float32; zero where not used."""
+    stored = jnp.arange(packed.shape[0], dtype=jnp.int32)
+    matrix = MixedMatrix(pools=(packed,), places=Places(pool=jnp.zeros_like(stored), slot=stored))
+    return _over_blocks(lambda rows, w: _product(rows, w[0].T), grad, (matrix,), slot, used, packed.shape[-2])
 
 
 def _product(rows: Array, w: Array) -> Array:
