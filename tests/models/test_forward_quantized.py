@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from hetmoe.analog.programming import program, seeded_weights
+from hetmoe.analog.read_noise import make_read_noise
 from hetmoe.analog.spec import analog_spec
 from hetmoe.errors import InputError
+from hetmoe.models.config import ModelConfig
 from hetmoe.models.model import Model
 from hetmoe.models.params import Params
 from hetmoe.models.transformer import forward
@@ -20,6 +22,7 @@ from hetmoe.placement.scores import score_experts
 from hetmoe.quantize.expected_loss import expected_increase
 from hetmoe.quantize.mixed import dense, is_mixed
 from tests.models.tiny import random_params, random_tokens, tiny_config
+from tests.ops.crossbar_battery import KERNELS
 from tests.quantize.random_quantized import random_mixed
 
 CONFIG = tiny_config(
@@ -41,10 +44,15 @@ def _eighth(leaf: jax.Array) -> jax.Array:
 @functools.cache
 def models() -> tuple[Params, Params]:
     """(with quantized experts, with the weights that they stand for)."""
-    base = random_params(CONFIG, 0)
+    return with_quantized_experts(CONFIG, POOL)
+
+
+def with_quantized_experts(config: ModelConfig, pool: np.ndarray) -> tuple[Params, Params]:
+    """As `models`, for experts in any pools."""
+    base = random_params(config, 0)
     moe = base.layers.moe
     shapes = {name: getattr(moe.experts, name).shape[2:] for name in ("gate", "up", "down")}
-    mixed = {name: random_mixed(n, POOL, *shape)[0] for n, (name, shape) in enumerate(shapes.items())}
+    mixed = {name: random_mixed(n, pool, *shape)[0] for n, (name, shape) in enumerate(shapes.items())}
     small = {name: jax.tree.map(_eighth, matrix) for name, matrix in mixed.items()}
 
     def with_experts(leaves: dict[str, Any]) -> Params:
@@ -108,11 +116,40 @@ def test_quantized_experts_on_crossbars_give_no_number() -> None:
         assert np.isfinite(_forward(quantized, tokens(), CONFIG, plan=kept, spec=spec, programmed=weights)).all()
 
 
+def through_kernels(name: str, pool: np.ndarray, *, analog: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Logits by the kernels and by "xla", of a model of one small layer with every kind of expert."""
+    config = dataclasses.replace(CONFIG, num_layers=1, expert_intermediate_size=64, num_experts=pool.shape[1])
+    params = with_quantized_experts(config, pool)[0]
+    spec = analog_spec("additive", tile_rows=32, dac_bits=None, adc_bits=None)  # a code would move with the last bit
+    given: dict[str, Any] = {}
+    if analog:
+        plan = dataclasses.replace(experts_analog(config), experts=jnp.asarray((pool == 3) & (np.arange(6) != 1)))
+        given = {"plan": plan, "spec": spec, "programmed": _program(KEY, params, spec, dense=False)}
+    found, wanted = (_forward(params, tokens(), config, implementation=n, **given) for n in (name, "xla"))
+    return np.asarray(found), np.asarray(wanted)
+
+
+@pytest.mark.parametrize("analog", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_give_what_xla_gives(name: str, *, analog: bool) -> None:
+    """Two pools of four are empty."""
+    assert_same(*through_kernels(name, np.array([[0, 3, 3, 0, 3, 3]]), analog=analog))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_with_every_precision(name: str) -> None:
+    assert_same(*through_kernels(name, POOL[:1], analog=True))
+
+
 def test_what_does_not_exist_is_refused() -> None:
     quantized, _ = models()
     plan = partly(experts_analog(CONFIG))
-    with pytest.raises(NotImplementedError, match="no kernel for quantized experts"):
-        _forward(quantized, tokens(), CONFIG, implementation="interpret_cuda")
+    noisy = analog_spec("additive", tile_rows=32, read_noise=make_read_noise("pcm", 0.1))
+    programmed = jax.eval_shape(functools.partial(_program, dense=False), KEY, quantized, noisy)
+    run = functools.partial(_forward.eval_shape, quantized, tokens(), CONFIG, plan=plan, implementation="interpret_tpu")
+    with pytest.raises(NotImplementedError, match="'interpret_tpu' has no read noise"):
+        run(spec=noisy, programmed=programmed, read_key=KEY)
     for when in ("kernel", "layer"):
         weights = seeded_weights(KEY, dense=False, when=when)
         with pytest.raises(NotImplementedError, match="must be stored: use program"):
