@@ -17,6 +17,9 @@ weights alone are 14 GB. With `--small` one to two minutes on two CPU cores, nea
                   one mapped call (`kernel_vmapped`, with the inputs and results of all seeds in memory; no target);
                   `stored`: one seed, programmed before
     seeds-decode  the same with 32 tokens
+    quantized     the products of `grouped` with weights packed at 8, 4, 3 and 2 bits (groups of 64 rows with a step
+                  and a zero), by the kernels and by `xla`; the plain programs have bfloat16 weights
+    quantized-decode  the same with 32 tokens
     model         log-likelihoods of 8 x 2048 tokens by an OLMoE-1B-7B of random weights for 8 seeds
     backward      the gradient of `grouped` for its rows and weights
 
@@ -139,7 +142,7 @@ def run_case(name: str, case: Case, rates: Rates, rounds: int, peers: dict[str, 
     rows: list[dict[str, Any]] = []
     for way, ready in ours.items():
         repeats = 1 if way == "stored" else case.repeats
-        work, seconds = case.work.times(repeats), medians[f"ours {way}"]
+        work, seconds = case.own_work.get(way, case.work).times(repeats), medians[f"ours {way}"]
         operations_s, bytes_s = rates.floors(work)
         base = None if fastest is None else plain_s[fastest] * repeats
         rows.append({
@@ -149,6 +152,7 @@ def run_case(name: str, case: Case, rates: Rates, rounds: int, peers: dict[str, 
             "plain": fastest, "plain_s": base, "to_plain": None if base is None else seconds / base,
             "tokens_per_s": None if case.tokens is None else case.tokens / seconds,
             "planned_bytes": ready.planned, "peak_bytes": ready.peak,
+            "weight_bytes": case.own_weight_bytes.get(way), "plain_weight_bytes": case.weight_bytes,
         })  # fmt: skip
     judge(rows, case.weight_bytes)
     return {"rows": rows, "failed": failed, "plain_s": plain_s, "peers_s": {n: medians[n] for n in peers}}
@@ -189,11 +193,17 @@ def _of_plain(share: float) -> Target:
     return Target(f">= {share:.0%} of plain", lambda row: row["to_plain"] is not None and row["to_plain"] <= 1 / share)
 
 
+def _faster(times: float) -> Target:
+    return Target(f">= {times:g} x plain", lambda row: row["to_plain"] is not None and row["to_plain"] <= 1 / times)
+
+
 IN_PASSING = Target("<= 1.5 x copies, <= 1 layer", lambda row: row["to_copies"] <= 1.5 and row["extra_layers"] <= 1)
 TARGETS = {
     ("crossbar", ""): _of_plain(0.7),
     ("grouped", ""): _of_plain(0.6),
     ("decode", ""): Target(">= 70% of bandwidth", lambda row: row["floor_bytes_s"] / row["ours_s"] >= 0.7),
+    ("quantized-decode", "4 bits"): _faster(2.5),
+    ("quantized-decode", "2 bits"): _faster(3.5),
     ("seeds", "layer"): IN_PASSING,
     ("seeds", "kernel"): IN_PASSING,
 }
@@ -228,6 +238,12 @@ def show(console: Console, name: str, result: dict[str, Any]) -> None:
     for row in result["rows"]:
         if row["tokens_per_s"] is not None:
             console.print(f"{row['tokens_per_s']:,.0f} tokens/s, the seeds' counted each")
+        if row["weight_bytes"] is not None:
+            console.print(
+                f"{row['way']}: weights {mb(row['weight_bytes'])} MB of {mb(row['plain_weight_bytes'])}, "
+                f"{ratio(row['plain_weight_bytes'] / row['weight_bytes'])} x fewer; {ratio(1 / row['to_plain'])} x as "
+                "fast as plain"
+            )
         if "to_copies" in row:
             console.print(
                 f"{row['way']}: {row['to_copies']:.2f} x copies, planned {mb(row['planned_bytes'])} MB, "

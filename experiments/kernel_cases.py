@@ -26,7 +26,17 @@ from hetmoe.ops.dispatch import choose_block_size, dispatch, to_blocks
 from hetmoe.ops.grouped_crossbar.api import digital_products, expert_products
 from hetmoe.ops.grouped_crossbar.block_sizes import BLOCKS_MULTIPLE, rows_per_block
 from hetmoe.ops.grouped_matmul.xla import grouped_matmul
-from kernel_work import Sizes, Work, backward_work, crossbar_work, grouped_work, model_work, seed_work
+from kernel_quantized import BITS, make_grid, quantize_layer, quantized_products, weight_bytes
+from kernel_work import (
+    Sizes,
+    Work,
+    backward_work,
+    crossbar_work,
+    grouped_work,
+    model_work,
+    quantized_work,
+    seed_work,
+)  # fmt: skip
 
 DTYPE, INPUT_RANGE = jnp.bfloat16, 3.0
 
@@ -49,6 +59,8 @@ class Case:
     repeats: int = 1
     tokens: int | None = None  # of one of our calls, where tokens per second are of interest
     weight_bytes: int | None = None  # of one layer's experts, where memory is of interest
+    own_work: dict[str, Work] = dataclasses.field(default_factory=dict)  # of ours that read something else than `work`
+    own_weight_bytes: dict[str, int] = dataclasses.field(default_factory=dict)  # likewise, of one layer's experts
 
 
 def normal(seed: int, *shape: int, scale: float = 1.0, dtype: Any = DTYPE) -> Array:
@@ -210,6 +222,32 @@ def grouped_case(sizes: Sizes, tokens: int, implementation: str) -> Case:
     )
 
 
+def quantized_case(sizes: Sizes, tokens: int, implementation: str) -> Case:
+    """The products of `grouped` with packed weights, which are rounded from those of the plain programs.
+
+    `implementation` and "xla", each with the blocks that a model would cut for it.
+    """
+    c, chosen, clean = sizes.config, random_routing(sizes, tokens), make_clean(sizes)
+    case = Case(
+        work=grouped_work(sizes, tokens, len(np.unique(chosen))), ours={}, plain=plain_products(sizes, chosen, clean),
+        weight_bytes=weight_bytes(clean),
+    )  # fmt: skip
+    layers = {bits: quantize_layer(clean, make_grid(sizes, bits)) for bits in BITS}
+    for name in dict.fromkeys((implementation, "xla")):
+        multiple = 1 if name == "xla" else BLOCKS_MULTIPLE
+        plan = _dispatch(chosen, c.num_experts, block_rows(chosen.size, sizes, name), multiple=multiple)
+        shape = (len(plan.block_expert), plan.block_size)
+        rows = normal(0, *shape, c.hidden_size), normal(1, *shape, c.expert_intermediate_size)
+        used = (plan.slot_token < tokens).reshape(shape).any(axis=1)
+        run = functools.partial(quantized_products, implementation=name)
+        for bits, layer in layers.items():
+            way = f"{bits} bits" if name == implementation else f"{bits} bits, {name}"
+            case.ours[way] = Program(run, (*rows, layer, plan.block_expert, used))
+            case.own_work[way] = quantized_work(sizes, tokens, len(np.unique(chosen)), make_grid(sizes, bits))
+            case.own_weight_bytes[way] = weight_bytes(layer)
+    return case
+
+
 def block_rows(copies: int, sizes: Sizes, implementation: str) -> int:
     """Rows of a block, as the model chooses them."""
     choose = choose_block_size if implementation == "xla" else rows_per_block
@@ -337,6 +375,8 @@ CASES: dict[str, Callable[[Sizes, str], Case]] = {
     "crossbar": crossbar_case,
     "grouped": lambda sizes, name: grouped_case(sizes, sizes.tokens, name),
     "decode": lambda sizes, name: grouped_case(sizes, sizes.decode_tokens, name),
+    "quantized-decode": lambda sizes, name: quantized_case(sizes, sizes.decode_tokens, name),
+    "quantized": lambda sizes, name: quantized_case(sizes, sizes.tokens, name),
     "model": model_case,
     "backward": backward_case,
 }

@@ -3,6 +3,8 @@
 import dataclasses
 
 from hetmoe.models.config import ModelConfig
+from hetmoe.quantize.grid import Grid
+from hetmoe.quantize.packed import packed_bytes
 from memory_olmoe import OLMOE_7B
 
 BYTES, RESULT_BYTES = 2, 4  # of operands, and of products, which are float32
@@ -60,6 +62,13 @@ def grouped_work(sizes: Sizes, tokens: int, busy: int) -> Work:
     copies, hidden, inner = counts(sizes, tokens)
     rows = BYTES * (hidden + inner) + RESULT_BYTES * (2 * inner + hidden)
     return Work(2 * copies * sizes.expert_weights, BYTES * busy * sizes.expert_weights + copies * rows)
+
+
+def quantized_work(sizes: Sizes, tokens: int, busy: int, grid: Grid) -> Work:
+    """As `grouped_work`, of packed weights."""
+    plain, (_, hidden, inner) = grouped_work(sizes, tokens, busy), counts(sizes, tokens)
+    packed = 2 * packed_bytes(hidden, inner, grid) + packed_bytes(inner, hidden, grid)
+    return Work(plain.operations, plain.bytes + busy * (packed - BYTES * sizes.expert_weights))
 
 
 def backward_work(sizes: Sizes, tokens: int) -> Work:

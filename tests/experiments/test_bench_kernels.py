@@ -1,5 +1,6 @@
 """The kernels' benchmark runs, counts the work of its cases rightly, and refuses in one line."""
 
+import functools
 import json
 import math
 from types import SimpleNamespace
@@ -11,9 +12,20 @@ import pytest
 
 import bench_kernels
 import kernel_cases
+import kernel_quantized
 import kernel_sweep
 from hetmoe.models.abstract import abstract_params, is_leaf
-from kernel_work import FULL, SMALL, Work, backward_work, crossbar_work, grouped_work, model_work, seed_work
+from kernel_work import (
+    FULL,
+    SMALL,
+    Work,
+    backward_work,
+    crossbar_work,
+    grouped_work,
+    model_work,
+    quantized_work,
+    seed_work,
+)
 
 
 def record_of(folder, cases: list[str] | None) -> dict[str, Any]:
@@ -37,8 +49,9 @@ def test_cases_on_small_shapes(tmp_path, capsys) -> None:
 
 
 @pytest.mark.slow
-def test_every_case_on_small_shapes(tmp_path) -> None:
+def test_every_case_on_small_shapes(tmp_path, capsys) -> None:
     record = record_of(tmp_path, None)
+    assert "4 bits: weights 0.0 MB of 0.1, 3.20 x fewer" in capsys.readouterr().out
     assert set(record["cases"]) == set(kernel_cases.CASES)
     assert [row["way"] for row in record["cases"]["seeds"]["rows"]] == [
         "stored", "kernel", "kernel_vmapped", "layer", "copies",
@@ -55,6 +68,10 @@ def test_every_case_on_small_shapes(tmp_path) -> None:
         ("grouped", "", {"to_plain": None}, False),
         ("decode", "", {"floor_bytes_s": 0.71}, True),
         ("decode", "", {"floor_bytes_s": 0.69}, False),
+        ("quantized-decode", "4 bits", {"to_plain": 0.39}, True),
+        ("quantized-decode", "4 bits", {"to_plain": 0.41}, False),
+        ("quantized-decode", "2 bits", {"to_plain": 0.29}, False),
+        ("quantized-decode", "2 bits, xla", {}, None),
         ("seeds", "layer", {"ours_s": 3.0, "planned_bytes": 110}, True),
         ("seeds", "layer", {"ours_s": 3.1, "planned_bytes": 110}, False),
         ("seeds", "kernel", {"ours_s": 3.0, "planned_bytes": 111}, False),
@@ -89,6 +106,32 @@ def test_work_of_the_full_shapes() -> None:
     per_token = 16 * (4 * 2048 * 2048 + 2048 * 64 + 8 * expert) + 2048 * 50304
     scores = 16 * 8 * (2048 * 2049 // 2) * 2 * 2 * 2048  # queries by keys, and weights by values
     assert model_work(FULL).operations == 2 * 8 * 2048 * per_token + scores
+
+
+def test_work_of_packed_weights_is_their_bytes() -> None:
+    """Bytes of the stored arrays, and of nothing else: a step and a zero of 2 bytes for every 32 weights."""
+    clean, rows = kernel_cases.make_clean(SMALL), grouped_work(SMALL, 8, 0)
+    weights = SMALL.config.num_experts * SMALL.expert_weights
+    for bits in kernel_quantized.BITS:
+        grid = kernel_quantized.make_grid(SMALL, bits)
+        layer = jax.eval_shape(functools.partial(kernel_quantized.quantize_layer, grid=grid), clean)
+        stored = kernel_quantized.weight_bytes(layer)
+        assert stored == weights * bits // 8 + weights // 32 * 4
+        assert quantized_work(SMALL, 8, SMALL.config.num_experts, grid) == Work(rows.operations, rows.bytes + stored)
+    assert kernel_quantized.weight_bytes(clean) == 2 * weights
+    assert kernel_quantized.make_grid(FULL, 4).group == 64
+
+
+def test_quantized_products_are_near_the_plain_ones(monkeypatch) -> None:
+    monkeypatch.setattr(kernel_cases, "BITS", (8, 2))
+    case = kernel_cases.quantized_case(SMALL, SMALL.decode_tokens, "xla")
+    assert list(case.ours) == ["8 bits", "2 bits"] and set(case.own_work) == set(case.ours)
+    x, mid, _, block_expert, used = case.ours["8 bits"].arguments
+    wanted = kernel_cases._block_products(x, mid, kernel_cases.make_clean(SMALL), block_expert)
+    for way, least in (("8 bits", 0.9999), ("2 bits", 0.85)):
+        for y, other in zip(case.ours[way].function(*case.ours[way].arguments), wanted, strict=True):
+            found, expected = (np.asarray(leaf)[np.asarray(used)].ravel() for leaf in (y, other))
+            assert least < np.corrcoef(found, expected)[0, 1] < 1
 
 
 def test_bytes_of_the_model_are_its_matrices() -> None:
