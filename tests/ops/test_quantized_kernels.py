@@ -83,27 +83,20 @@ def check(name: str, bits: int, group: int, rows: int, columns: int, *, symmetri
 
 # One or several groups, in one chunk of the kernels or not, and columns that fill stripes or not.
 CASES = [
-    (1, 32, 96, 40, False, jnp.float32), (1, 128, 128, 24, True, jnp.bfloat16),
-    (2, 64, 192, 130, False, jnp.float32), (2, 32, 64, 48, True, jnp.bfloat16),
-    (3, 32, 96, 24, False, jnp.float32), (3, 128, 256, 40, True, jnp.bfloat16),
-    (4, 64, 64, 136, True, jnp.float32), (4, 128, 384, 24, False, jnp.bfloat16),
-    (8, 32, 32, 24, False, jnp.bfloat16), (8, 128, 128, 72, True, jnp.float32),
+    ("interpret_cuda", 1, 32, 96, 40, False, jnp.float32), ("interpret_tpu", 1, 128, 128, 24, True, jnp.bfloat16),
+    ("interpret_tpu", 2, 64, 192, 130, False, jnp.float32), ("interpret_cuda", 2, 32, 64, 48, True, jnp.bfloat16),
+    ("interpret_cuda", 3, 32, 96, 24, False, jnp.float32), ("interpret_tpu", 3, 128, 256, 40, True, jnp.bfloat16),
+    ("interpret_tpu", 4, 64, 64, 136, True, jnp.float32), ("interpret_cuda", 4, 128, 384, 24, False, jnp.bfloat16),
+    ("interpret_cuda", 8, 32, 32, 24, False, jnp.bfloat16), ("interpret_tpu", 8, 128, 128, 72, True, jnp.float32),
 ]  # fmt: skip
-
-
-# The whole kernel is compiled for every case, on TPU once for every position of the bytes: half of those are slow ones.
-FAST = [
-    (name, *given)
-    for name in KERNELS
-    for number, given in enumerate(CASES)
-    if name == "interpret_cuda" or number % 4 in (1, 2)
-]
-SLOW = [(name, *given) for name in KERNELS for given in CASES if (name, *given) not in FAST]
+# Compiling a kernel takes seconds: the other half of the cases is slow, and what both kernels share is tried on one.
+OTHERS = [(name, *given) for name in KERNELS for first, *given in CASES if name != first]
+SHARED = [pytest.param("interpret_tpu", marks=pytest.mark.slow), "interpret_cuda"]
 
 
 @pytest.mark.parametrize(
     ("name", "bits", "group", "rows", "columns", "symmetric", "dtype"),
-    [*FAST, *(pytest.param(*given, marks=pytest.mark.slow) for given in SLOW)],
+    [*CASES, *(pytest.param(*given, marks=pytest.mark.slow) for given in OTHERS)],
 )
 def test_products(name: str, bits: int, group: int, rows: int, columns: int, symmetric: bool, dtype: Any) -> None:
     check(name, bits, group, rows, columns, symmetric=symmetric, dtype=dtype)
@@ -158,7 +151,7 @@ def test_float16_from_its_bits() -> None:
     np.testing.assert_array_equal(np.signbit(found)[~np.isnan(wanted)], np.signbit(wanted)[~np.isnan(wanted)])
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", SHARED)
 def test_bad_steps_stay_with_their_matrix(name: str) -> None:
     x, packed = case(3, 32, 96, 24, symmetric=False, dtype=jnp.float32)
     bad = packed.replace(scale=packed.scale.at[0, 1, 3].set(jnp.nan))
@@ -182,7 +175,7 @@ def rows(width: int, dtype: Any = jnp.float32) -> jax.Array:
     return jnp.asarray(np.random.default_rng(9).standard_normal((len(EXPERT), BLOCK, width)), dtype)
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", SHARED)
 def test_every_block_meets_the_weights_of_its_expert(name: str) -> None:
     """Experts at four precisions, one of them that of no quantization; two matrices placed differently."""
     (first, exact), (second, other) = random_mixed(0, POOL, 64, 40), random_mixed(1, np.zeros_like(POOL), 64, 40)
@@ -192,7 +185,7 @@ def test_every_block_meets_the_weights_of_its_expert(name: str) -> None:
         assert_is_product(y, x, w[EXPERT], USED)
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", SHARED)
 def test_analog_experts_beside_quantized_ones(name: str) -> None:
     """The kernels' converters are compared elsewhere; here every block gets the half that it should, or NaN."""
     matrix, exact = random_mixed(0, np.array([3, 0, 3, 0, 3]), 64, 40)
@@ -221,7 +214,7 @@ def test_analog_experts_beside_quantized_ones(name: str) -> None:
     assert_is_product(jnp.where(is_wrong[:, None, None], 0, y), x, w, ~is_wrong)
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", SHARED)
 def test_gradient_and_mapped_axes(name: str) -> None:
     """Of the rows; over rows, over weights, and over which block meets which matrix."""
     x, packed = case(4, 32, 64, 24, symmetric=False, dtype=jnp.float32)
