@@ -1,0 +1,49 @@
+"""Error bounds of experts rounded to the nearest level, from what is stored of them alone."""
+
+import numpy as np
+
+from hetmoe.errors import InputError
+from hetmoe.quantize.bounds.expert import Change, Expert, norms
+from hetmoe.quantize.grid import Grid
+from hetmoe.quantize.packed import Packed, dequantize_packed
+
+TINIEST = 2.0**-126  # float32's smallest normal number: weights below it may count as 0
+
+
+def a_priori_change(gate: Packed, up: Packed, down: Packed) -> Change:
+    """Norms of an expert and of its rounding errors, when the weights before quantization are not known.
+
+    Holds for round-to-nearest only. GPTQ and HQQ move single weights by more than half a step, and nothing in packed
+    weights tells which of the three made them: for those take `change_of`, the actual differences.
+
+    With round-to-nearest no weight moves by more than half of its group's stored step (`round_to_nearest`), so that the
+    differences are at most H_ij = step_ij / 2, element by element, and so are their column norms and row norms; their
+    spectral norm is at most that of H, because `|D v| <= |H |v||` (Perron-Frobenius). The norms of the weights before
+    are at most those of the weights now plus those of the differences (triangle inequality).
+
+    Args:
+        gate: of one expert, without leading axes.
+        up: likewise.
+        down: likewise.
+
+    Raises:
+        InputError: for stacks of experts.
+    """
+    for name, matrix in (("gate", gate), ("up", up), ("down", down)):
+        if not isinstance(matrix, Packed) or len(matrix.shape) != 2:
+            raise InputError(f"{name} must be the packed matrix of one expert: take it from its stack with take_packed")
+    stored = (np.asarray(dequantize_packed(w)).astype(np.float64) for w in (gate, up, down))
+    now = norms(Expert(*stored))
+    difference = norms(Expert(*(half_steps(w) for w in (gate, up, down))))
+    return Change(clean=now.plus(difference), changed=now, difference=difference)
+
+
+def half_steps(packed: Packed) -> np.ndarray:
+    """By how much round-to-nearest may have moved each weight: half a step and float32's rounding, float64 `[K, N]`."""
+    steps = np.repeat(np.asarray(packed.scale, np.float64), packed.grid.group, axis=-2)
+    return steps * (0.5 + slack(packed.grid)) + TINIEST
+
+
+def slack(grid: Grid) -> float:
+    """What rounding in float32 adds to half a step, in steps (`round_to_nearest`)."""
+    return 2.0 ** (grid.bits - 22)
