@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float64, Int
 
 from hetmoe.models.config import LatentAttention, ModelConfig
 from hetmoe.models.params import Attention
@@ -106,9 +106,34 @@ def cut(values: Array, dim: int) -> Array:
 
 
 def turn(x: Float64[Array, "batch seq heads dim"], config: ModelConfig) -> Float64[Array, "batch seq heads dim"]:
-    """Rotary embedding, in the order of elements of `hetmoe.models.rotary`."""
+    """Rotary embedding (`hetmoe.models.rotary`)."""
+    turned = (turn_rows(sequence, np.arange(x.shape[1]), config) for sequence in x)
+    return amplitude(config.rope) * np.stack(list(turned))
+
+
+def turn_rows(
+    x: Float64[Array, "seq rows dim"], positions: Int[Array, "seq"], config: ModelConfig
+) -> Float64[Array, "seq rows dim"]:
+    """Rows turned by the angles of their positions, in the order of elements that rotary embedding leaves."""
     half = x.shape[-1] // 2
-    angle = np.arange(x.shape[1])[:, None] * frequencies(config.rope, x.shape[-1]).astype(np.float64)
-    cos, sin = (amplitude(config.rope) * part[None, :, None, :] for part in (np.cos(angle), np.sin(angle)))
+    cos, sin = (part[:, None, :] for part in _turns(positions, x.shape[-1], config))
     low, high = (x[..., ::2], x[..., 1::2]) if config.rope.interleaved else (x[..., :half], x[..., half:])
     return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+
+
+def turn_back(
+    x: Float64[Array, "seq rows dim"], positions: Int[Array, "seq"], config: ModelConfig
+) -> Float64[Array, "seq rows dim"]:
+    """Rows turned back by the angles of their positions, in the order of elements before rotary embedding."""
+    half = x.shape[-1] // 2
+    cos, sin = (part[:, None, :] for part in _turns(positions, x.shape[-1], config))
+    low, high = x[..., :half], x[..., half:]
+    low, high = low * cos + high * sin, high * cos - low * sin
+    if not config.rope.interleaved:
+        return np.concatenate([low, high], axis=-1)
+    return np.stack([low, high], axis=-1).reshape(x.shape)
+
+
+def _turns(positions: Array, dim: int, config: ModelConfig) -> tuple[Array, Array]:
+    angle = positions[:, None] * frequencies(config.rope, dim).astype(np.float64)
+    return np.cos(angle), np.sin(angle)

@@ -30,3 +30,16 @@ def spectral_norm(w: Float64[Array, "K N"]) -> float:
 def column_norms(w: Float64[Array, "K N"]) -> Float64[Array, "N"]:
     """Euclidean norms of columns, from above."""
     return np.sqrt(np.sum(np.square(w), axis=0)) * MARGIN
+
+
+def stacked_spectral_norms(w: Float64[Array, "count K N"]) -> Float64[Array, "count"]:
+    """Upper bounds of many small matrices' largest singular values, by products alone.
+
+    The Schatten norm of order 8, `(sum s_i^8)^(1/8) = |(w^T w)^2|_F^(1/4)`: at most `min(K, N)^(1/8)` too large.
+    """
+    gram = w @ np.swapaxes(w, 1, 2) if w.shape[1] <= w.shape[2] else np.swapaxes(w, 1, 2) @ w
+    # Entries of the products are off by at most a few n u of the product of two Frobenius norms.
+    squared = np.sum(np.square(w), axis=(1, 2))
+    lost = 8 * max(w.shape[1:]) * gram.shape[1] * UNIT
+    fourth = np.sqrt(np.sum(np.square(gram @ gram), axis=(1, 2))) + lost * np.square(squared)
+    return np.sqrt(np.minimum(np.sqrt(fourth), squared)) * MARGIN

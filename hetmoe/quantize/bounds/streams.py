@@ -8,7 +8,8 @@ import numpy as np
 
 from hetmoe.models.config import ModelConfig
 from hetmoe.quantize.bounds.attention import Heads, attention, project
-from hetmoe.quantize.bounds.attention_change import attention_change, attention_norms
+from hetmoe.quantize.bounds.attention_change import attention_change
+from hetmoe.quantize.bounds.attention_norms import attention_norms
 from hetmoe.quantize.bounds.dense_network import dense_network
 from hetmoe.quantize.bounds.rms_norm import norm_change, rms_norm
 from hetmoe.quantize.bounds.rounding import rounding, widened
@@ -28,12 +29,13 @@ class Streams:
     runs: dict[str, Array]
     radii: dict[str, dict[str, Array]]
 
-    def moved(self, clean: Array, runs: dict[str, Array], change: Callable[[Array], Array]) -> "Streams":
-        """After something is added, whose change for a radius is bounded by `change(radius)`."""
-        radii = {
-            reading: {start: radius_of_sum(radius, change(radius), clean) for start, radius in part.items()}
-            for reading, part in self.radii.items()
-        }
+    def moved(self, clean: Array, runs: dict[str, Array], change: Callable[[list[Array]], list[Array]]) -> "Streams":
+        """After something is added, whose changes for some radii are bounded by `change(radii)`."""
+        places = [(reading, start) for reading, part in self.radii.items() for start in part]
+        before = [self.radii[reading][start] for reading, start in places]
+        radii: dict[str, dict[str, Array]] = {reading: {} for reading in self.radii}
+        for (reading, start), radius, moved in zip(places, before, change(before), strict=True):
+            radii[reading][start] = radius_of_sum(radius, moved, clean)
         return Streams(clean, runs, radii)
 
 
@@ -52,8 +54,9 @@ def after_attention(streams: Streams, layer: Any, config: ModelConfig) -> Stream
 
     heads, norms = heads_of(streams.clean), attention_norms(layer.input_norm, weights, config)
 
-    def change(radius: Array) -> Array:
-        return attention_change(heads, norms, weights, norm_change(streams.clean, radius, eps), config)
+    def change(radii: list[Array]) -> list[Array]:
+        normed = [norm_change(streams.clean, radius, eps) for radius in radii]
+        return attention_change(heads, norms, weights, normed, config)
 
     runs = {name: x + attention(heads_of(x), weights, config) for name, x in streams.runs.items()}
     return streams.moved(streams.clean + attention(heads, weights, config), runs, change)
@@ -78,7 +81,8 @@ def after_dense(streams: Streams, layer: Any, config: ModelConfig) -> Streams:
 
     inputs = ffn_inputs(streams.clean, layer, config)
 
-    def change(radius: Array) -> Array:
-        return network.change(inputs, gain * ffn_radius(streams.clean, radius, config)).reshape(shape[:2])
+    def change(radii: list[Array]) -> list[Array]:
+        normed = (gain * ffn_radius(streams.clean, radius, config) for radius in radii)
+        return [network.change(inputs, radius).reshape(shape[:2]) for radius in normed]
 
     return streams.moved(add(streams.clean), {name: add(x) for name, x in streams.runs.items()}, change)
