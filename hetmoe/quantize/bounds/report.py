@@ -1,0 +1,128 @@
+"""Rows of a report about certificates."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from hetmoe.errors import InputError
+from hetmoe.models.config import ModelConfig
+from hetmoe.models.params import Params
+from hetmoe.quantize.bounds.certificate import Certificate, LayerCertificate, Reading
+from hetmoe.quantize.bounds.certify import certify
+from hetmoe.quantize.grid import Grid
+from hetmoe.quantize.mixed import MixedMatrix, is_mixed, make_mixed
+from hetmoe.quantize.packed import pack
+from hetmoe.quantize.rtn import round_to_nearest
+
+Row = dict[str, Any]
+
+
+def certificate_rows(
+    params: Params,
+    tokens: Int[Array, "batch seq"],
+    config: ModelConfig,
+    *,
+    bits: Sequence[int] = (8, 4, 3, 2),
+    group: int,
+    symmetric: bool,
+) -> list[Row]:
+    """Certificates with all routed experts rounded to the nearest level, one row for each of `bits` and each layer.
+
+    Args:
+        params: the unquantized model.
+        tokens: of the text that the statements are about.
+        config: of the model.
+        bits: of the grids, in the order of the rows.
+        group: of the grids.
+        symmetric: likewise.
+
+    Returns:
+        As `rows_of`, with "bits".
+
+    Raises:
+        InputError: as `certify` and `Grid`; if the experts are quantized already; if a group does not divide the rows.
+    """
+    rows = list[Row]()
+    for width in bits:
+        quantized = rounded_experts(params, Grid(bits=width, group=group, symmetric=symmetric))
+        certificate = certify(params, quantized, tokens, config)
+        rows += [{"bits": width, **row} for row in rows_of(certificate, config)]
+    return rows
+
+
+def rounded_experts(params: Params, grid: Grid) -> Params:
+    """The model with all routed experts rounded to the nearest level of one grid, and packed.
+
+    Raises:
+        InputError: if experts are quantized already, or cannot be (`round_to_nearest`).
+    """
+    moe = params.layers.moe
+    leaves = {name: getattr(moe.experts, name) for name in ("gate", "up", "down")}
+    if any(is_mixed(leaf) for leaf in leaves.values()):
+        raise InputError("the experts are quantized already: give the unquantized model")
+    experts = {name: _rounded(leaf, grid, name) for name, leaf in leaves.items()}
+    moe = dataclasses.replace(moe, experts=dataclasses.replace(moe.experts, **experts))
+    return dataclasses.replace(params, layers=dataclasses.replace(params.layers, moe=moe))
+
+
+def _rounded(stack: Float[Array, "layers experts K N"], grid: Grid, name: str) -> MixedMatrix:
+    matrices = stack.reshape(-1, *stack.shape[2:])
+    return make_mixed([pack(round_to_nearest(matrices, grid, name=name))], np.zeros(stack.shape[:2], np.int32))
+
+
+def rows_of(certificate: Certificate, config: ModelConfig) -> list[Row]:
+    """One row for each layer with experts.
+
+    Norms are medians, fractions are of tokens, and a tightness is measured / bound (at most 1):
+
+    - "layer": its number in the model;
+    - "expert_error", "expert_bound", "tightness", "largest_tightness": of single experts' outputs on the unquantized
+      model's inputs, bounded from weight differences and activations; "norm_bound", "norm_tightness",
+      "largest_norm_tightness": bounded from weight differences and the inputs' norms;
+    - "output_error", "output_bound": of the experts' weighted sum;
+    - for "one_layer" (only the layer with experts before is quantized; None in the first such layer) and "whole_model":
+      "…_certified" (the set of experts cannot change), "…_certified_measured" (the same from measured errors of
+      experts), "…_observed" (it does not change), and "…_logit_change", "…_logit_bound" of router logits;
+    - "violations": measurements beyond bounds, and certain sets that changed: 0.
+    """
+    return [
+        {"layer": number, **_row(layer)} for number, layer in zip(config.moe_layers, certificate.layers, strict=True)
+    ]
+
+
+def _row(layer: LayerCertificate) -> Row:
+    by_bound = _tightness(layer.expert_error, layer.expert_bound)
+    by_norm = _tightness(layer.expert_error, layer.expert_norm_bound)
+    return {
+        "expert_error": float(np.median(layer.expert_error)),
+        "expert_bound": float(np.median(layer.expert_bound)),
+        "tightness": float(np.median(by_bound)),
+        "largest_tightness": float(np.max(by_bound)),
+        "norm_bound": float(np.median(layer.expert_norm_bound)),
+        "norm_tightness": float(np.median(by_norm)),
+        "largest_norm_tightness": float(np.max(by_norm)),
+        "output_error": float(np.median(layer.output_error)),
+        "output_bound": float(np.median(layer.output_bound)),
+        **_of_reading("one_layer", layer.one_layer),
+        **_of_reading("whole_model", layer.whole_model),
+        "violations": layer.violations,
+    }
+
+
+def _tightness(measured: np.ndarray, bound: np.ndarray) -> np.ndarray:
+    """Measured over bound; 1 where nothing can change (experts whose outputs are 0)."""
+    return np.where(bound > 0, measured, 1) / np.where(bound > 0, bound, 1)
+
+
+def _of_reading(name: str, reading: Reading | None) -> Row:
+    kinds = ("certified", "certified_measured", "observed", "logit_change", "logit_bound")
+    if reading is None:
+        return {f"{name}_{kind}": None for kind in kinds}
+    values = (
+        np.mean(reading.certified), np.mean(reading.certified_measured), np.mean(~reading.changed),
+        np.median(reading.logit_change), np.median(reading.logit_bound),
+    )  # fmt: skip
+    return {f"{name}_{kind}": float(value) for kind, value in zip(kinds, values, strict=True)}
