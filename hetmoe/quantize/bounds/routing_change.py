@@ -106,13 +106,16 @@ def score_ends(logits: Array, each: Array, config: ModelConfig) -> tuple[Array, 
     if config.router_score == "sigmoid":
         return expit(logits - each), expit(logits + each)
 
-    each = each + rounding(1, np.max(np.abs(logits), axis=1, keepdims=True))  # of the exponents
+    # Sums of powers are kept as logarithms, off by a few u of the largest after each addition.
+    largest = np.max(np.abs(logits), axis=1, keepdims=True)
+    each = each + rounding(logits.shape[1], largest + each + 1)
 
     def softmax_of(own: Array, others: Array) -> Array:
-        peak = np.maximum(np.max(own, axis=1, keepdims=True), np.max(others, axis=1, keepdims=True))
-        one, rest = np.exp(own - peak), np.exp(others - peak)
-        rest = np.maximum(np.sum(rest, axis=1, keepdims=True) - rest, 0)  # without its own
-        return one / np.maximum(one + rest, np.finfo(np.float64).tiny)
+        """`1 / (1 + sum_j e^(others_j - own_i))` over j other than i: the sums before and behind i."""
+        least = np.full_like(others[:, :1], -np.inf)
+        before = np.logaddexp.accumulate(np.concatenate([least, others[:, :-1]], axis=1), axis=1)
+        behind = np.logaddexp.accumulate(np.concatenate([least, others[:, :0:-1]], axis=1), axis=1)[:, ::-1]
+        return expit(own - np.logaddexp(before, behind))
 
     return softmax_of(logits - each, logits + each), softmax_of(logits + each, logits - each)
 
