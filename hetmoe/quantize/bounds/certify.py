@@ -7,6 +7,7 @@ experts, and the errors that these experts make on the unquantized model's input
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -45,11 +46,20 @@ def certify(params: Params, quantized: Params, tokens: Int[Array, "batch seq"], 
             their routed experts.
     """
     _check(params, quantized, tokens, config)
+    layers = (certificate for _, certificate in layer_by_layer(params, quantized, tokens, config))
+    return Certificate(layers=tuple(certificate for certificate in layers if certificate is not None))
+
+
+def layer_by_layer(
+    params: Params, quantized: Params, tokens: Int[Array, "batch seq"], config: ModelConfig
+) -> Iterator[tuple[Streams, LayerCertificate | None]]:
+    """Streams behind every layer, in model order, and the certificates of those with experts."""
     embedded = wide(params.embed[tokens])
     still = {start: np.zeros(embedded.shape[:2]) for start in ("bound", "measured")}
     streams = Streams(embedded, {"whole_model": embedded}, {"whole_model": still})
-    layers, stacks = list[LayerCertificate](), (params.layers.moe.experts, quantized.layers.moe.experts)
+    stacks = (params.layers.moe.experts, quantized.layers.moe.experts)
     for number in range(config.num_layers):
+        certificate = None
         if number in config.dense_layers:
             layer = layer_weights(params.dense_layers, config.dense_layers.index(number))
             streams = after_dense(after_attention(streams, layer, config), layer, config)
@@ -57,8 +67,7 @@ def certify(params: Params, quantized: Params, tokens: Int[Array, "batch seq"], 
             index = config.moe_layers.index(number)
             layer = layer_weights(params.layers, index)
             streams, certificate = after_experts(after_attention(streams, layer, config), layer, *stacks, index, config)
-            layers.append(certificate)
-    return Certificate(layers=tuple(layers))
+        yield streams, certificate
 
 
 def _check(params: Params, quantized: Params, tokens: Any, config: ModelConfig) -> None:

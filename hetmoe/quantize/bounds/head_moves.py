@@ -18,7 +18,7 @@ Array = np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class Moves:
-    """Bounds of the changes of queries or keys.
+    """Bounds of the changes of queries or keys, `[batch, seq, heads]`, or `[seq]` of one head.
 
     Attributes:
         size: of any change.
@@ -29,10 +29,10 @@ class Moves:
         lost: rounding, which is no part of these two, but of `size`.
     """
 
-    size: Float64[Array, "batch seq heads"]
-    through: Float64[Array, "batch seq heads"]
-    own: Float64[Array, "batch seq heads"]
-    lost: Float64[Array, "batch seq heads"]
+    size: Float64[Array, "*shape"]
+    through: Float64[Array, "*shape"]
+    own: Float64[Array, "*shape"]
+    lost: Float64[Array, "*shape"]
 
 
 def head_moves(
