@@ -1,7 +1,8 @@
-"""Rows of certificates of the embedded model, rounded to the nearest level."""
+"""Rows of certificates, and what they say of the embedded model."""
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,67 +13,81 @@ from hetmoe.models.transformer import hidden_states
 from hetmoe.quantize.bounds.certify import certify
 from hetmoe.quantize.bounds.report import certificate_rows, rounded_experts, rows_of
 from hetmoe.quantize.grid import Grid
+from tests.models.tiny import random_params, random_tokens, tiny_config
+
+SIZES = {"hidden_size": 32, "expert_intermediate_size": 32}  # that a group of 32 divides
+TINY = tiny_config(num_layers=3, dense_layers=(1,), dense_intermediate_size=19, **SIZES)
+READINGS = ("one_layer", "whole_model")
 
 
-@pytest.fixture(scope="module")
-def model():
-    return load_model("reference", dtype=jnp.float32)
-
-
-@pytest.fixture(scope="module")
-def tokens(model):
-    text = "It was the opinion of her sister that the two ladies were to be in the room. A dog is an animal that barks."
-    return jnp.asarray([model.tokenizer.encode(text).ids[:24]], jnp.int32)
-
-
-def test_rows_of_the_reference_model(model, tokens):
-    rows = certificate_rows(model.params, tokens, model.config, bits=(8, 2), group=64, symmetric=False)
-    assert [(row["bits"], row["layer"]) for row in rows] == [(bits, layer) for bits in (8, 2) for layer in range(4)]
-    for row in rows:
+def check_rows(rows):
+    """What holds for any model: nothing is beyond its bound, and no more is certified than happens."""
+    for number, row in enumerate(rows):
         assert row["violations"] == 0
-        assert 0.02 < row["tightness"] <= row["largest_tightness"] <= 1
-        assert 0.001 < row["norm_tightness"] < row["tightness"] and row["largest_norm_tightness"] <= 1
+        assert 0 < row["tightness"] <= row["largest_tightness"] <= 1
+        assert 0 < row["norm_tightness"] <= row["largest_norm_tightness"] <= 1
         assert 0 < row["output_error"] < row["output_bound"] and 0 < row["expert_error"] < row["expert_bound"]
-        for name in ("one_layer", "whole_model"):
-            if row["layer"] == 0 and name == "one_layer":
+        for name in READINGS:
+            if number == 0 and name == "one_layer":
                 assert row[f"{name}_certified"] is None and row[f"{name}_logit_bound"] is None
                 continue
             certified = (row[f"{name}_certified"], row[f"{name}_certified_measured"])
             assert 0 <= certified[0] <= certified[1] <= row[f"{name}_observed"] <= 1
             assert row[f"{name}_logit_change"] <= row[f"{name}_logit_bound"]
-        if row["layer"] == 0:
-            assert row["whole_model_certified"] == row["whole_model_observed"] == 1
-    # Eight bits are certain for some tokens if one starts from measured errors, two bits for none, and few change.
-    assert rows[1]["one_layer_certified_measured"] > 0.1 and rows[1]["whole_model_observed"] > 0.9
-    assert rows[5]["one_layer_certified_measured"] == 0 and rows[5]["whole_model_observed"] < 0.9
+    assert rows[0]["whole_model_certified"] == rows[0]["whole_model_observed"] == 1
 
 
-def test_certain_sets_hold_in_the_models_own_forward_pass(model, tokens):
-    """In float32, whose rounding is far below the changes that the certificate allows for."""
-    quantized = rounded_experts(model.params, Grid(bits=8, group=32, symmetric=True))
-    certificate = certify(model.params, quantized, tokens, model.config)
-    chosen = [np.sort(hidden_states(p, tokens, model.config)[1].chosen, axis=-1) for p in (model.params, quantized)]
-    differs = np.any(np.not_equal(*chosen), axis=-1)
-    for layer, changed in zip(certificate.layers, differs, strict=True):
-        whole = layer.whole_model
-        assert not (changed & (whole.certified | whole.certified_measured)).any()
-        np.testing.assert_array_equal(changed, whole.changed)
-    assert certificate.layers[1].whole_model.certified_measured.any()
+def test_rows_are_those_of_each_width_and_layer():
+    params, tokens = random_params(TINY, 0), random_tokens(TINY, 1, (2, 6))
+    rows = certificate_rows(params, tokens, TINY, bits=(8, 2), group=32, symmetric=False)
+    assert [(row["bits"], row["layer"]) for row in rows] == [(8, 0), (8, 2), (2, 0), (2, 2)]
+    check_rows(rows[:2])
+    check_rows(rows[2:])
+    quantized = rounded_experts(params, Grid(bits=2, group=32, symmetric=False))
+    certificate = certify(params, quantized, tokens, TINY)
+    assert rows[2:] == [{"bits": 2, **row} for row in rows_of(certificate, TINY)]
+    layer, row = certificate.layers[1], rows[3]
+    assert row["tightness"] == np.median(layer.expert_error / layer.expert_bound)
+    assert row["largest_norm_tightness"] == np.max(layer.expert_error / layer.expert_norm_bound)
+    assert row["whole_model_observed"] == 1 - np.mean(layer.whole_model.changed)
+    assert row["one_layer_certified"] == np.mean(layer.one_layer.certified)
 
 
-def test_experts_that_nothing_changes_have_a_tightness_of_1(model, tokens):
-    moe = model.params.layers.moe
+def test_experts_that_nothing_changes_have_a_tightness_of_1():
+    params = random_params(TINY, 0)
+    moe = params.layers.moe
     nothing = dataclasses.replace(moe.experts, down=moe.experts.down * 0)
     params = dataclasses.replace(
-        model.params, layers=dataclasses.replace(model.params.layers, moe=dataclasses.replace(moe, experts=nothing))
+        params, layers=dataclasses.replace(params.layers, moe=dataclasses.replace(moe, experts=nothing))
     )
-    for row in rows_of(certify(params, params, tokens[:, :3], model.config), model.config):
+    for row in rows_of(certify(params, params, random_tokens(TINY, 1, (1, 3)), TINY), TINY):
         assert row["tightness"] == row["norm_tightness"] == 1 and row["expert_bound"] == 0
 
 
-def test_what_is_quantized_is_not_quantized_again(model):
-    quantized = rounded_experts(model.params, Grid(bits=4, group=128, symmetric=False))
+def test_what_is_quantized_is_not_quantized_again():
+    params, tokens = random_params(TINY, 0), random_tokens(TINY, 1, (1, 2))
+    quantized = rounded_experts(params, Grid(bits=8, group=32, symmetric=True))
     with pytest.raises(InputError, match="quantized already: give the unquantized model"):
-        rounded_experts(quantized, Grid(bits=2, group=32, symmetric=False))
+        certificate_rows(quantized, tokens, TINY, bits=(2,), group=32, symmetric=False)
     with pytest.raises(InputError, match=r"bits=5 must be one of"):
-        certificate_rows(model.params, jnp.zeros((1, 2), jnp.int32), model.config, bits=(5,), group=32, symmetric=True)
+        certificate_rows(params, tokens, TINY, bits=(5,), group=32, symmetric=True)
+    with pytest.raises(InputError, match="gate: group=64 does not divide the 32 rows"):
+        certificate_rows(params, tokens, TINY, bits=(4,), group=64, symmetric=True)
+
+
+@pytest.mark.parametrize(("bits", "certain"), [(8, True), pytest.param(2, False, marks=pytest.mark.slow)])
+def test_the_reference_model(bits, certain):
+    """With its own forward pass in float32, whose rounding is far below the changes that the certificate allows for."""
+    model = load_model("reference", dtype=jnp.float32)
+    tokens = jnp.asarray([model.tokenizer.encode("It was the opinion of her sister that a dog barks.").ids], jnp.int32)
+    quantized = rounded_experts(model.params, Grid(bits=bits, group=64, symmetric=False))
+    certificate = certify(model.params, quantized, tokens, model.config)
+    check_rows(rows_of(certificate, model.config))
+    routing = jax.jit(lambda params: hidden_states(params, tokens, model.config)[1].chosen)
+    chosen = [np.sort(routing(params), axis=-1) for params in (model.params, quantized)]
+    changes = np.any(np.not_equal(*chosen), axis=-1)
+    for layer, changed in zip(certificate.layers, changes, strict=True):
+        np.testing.assert_array_equal(changed, layer.whole_model.changed)
+    # From measured errors 8 bits are certain for some tokens; 2 bits are for none, and change many.
+    measured = np.mean([layer.one_layer.certified_measured for layer in certificate.layers[1:]])
+    assert (measured > 0.05) == certain and (np.mean(changes[1:]) < 0.05) == certain

@@ -66,7 +66,7 @@ def test_choices_are_those_of_the_model(kind):
     np.testing.assert_allclose(found.weights, wanted.weights, rtol=1e-5)  # float32: a few roundings of 7 terms
 
 
-@settings(max_examples=200)
+@settings(max_examples=120)
 @given(
     seed=st.integers(0, 2**32 - 1),
     kind=st.sampled_from(list(KINDS)),
