@@ -282,7 +282,7 @@ def quantize(
     report: Annotated[
         bool, typer.Option("--report", help="Also error bounds, certified routing, and what is observed.")
     ] = False,
-    report_tokens: Annotated[int, typer.Option(help="Tokens of text for --report.")] = 1024,
+    report_tokens: Annotated[int, typer.Option(help="Tokens of text for --report.")] = 512,
     json_file: JSON_FILE = None,
 ) -> None:
     """Give each digital expert its own precision, pack it, and say what is certain of the result.

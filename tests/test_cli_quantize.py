@@ -13,6 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 import hetmoe
 from hetmoe.checkpoint.save import save_model
@@ -90,6 +93,29 @@ def test_weights_in_the_directory_are_the_quantisers(run: Run, tiny: Path, tmp_p
     wanted = values_of(round_to_nearest(plain().params.layers.moe.experts.gate, RECIPE.grid(3)))
     np.testing.assert_allclose(np.asarray(dense(gate, np.float32)), wanted, rtol=2**-22, atol=0)
     assert sorted(path.name for path in (tmp_path / "q").iterdir()) == ["config.json", "model.safetensors", "plan.json"]
+
+
+def test_the_report_prints_what_is_certain(run: Run, tmp_path: Path) -> None:
+    words = Tokenizer(WordLevel({"a": 0, "b": 1, "c": 2, "d": 3}, unk_token="a"))
+    words.pre_tokenizer = Whitespace()
+    save_model(tmp_path / "tiny", plain().replace(tokenizer=words))
+    (tmp_path / "text.txt").write_text("a b c d b d a c " * 20)
+    code, out, err = run(
+        "quantize", tmp_path / "tiny", "--bits", 2.5, "--levels", "2,3", *TINY, "--report", "--report-tokens", 16,
+        "--seq", 8, "--text", tmp_path / "text.txt", "-o", tmp_path / "q", "--json", tmp_path / "q.json",
+    )  # fmt: skip
+    assert code == 0, err
+    found = json.loads((tmp_path / "q.json").read_text())["guarantees"]
+    assert found["tokens"] == 16 and found["violations"] == 0
+    assert [(row["bits"], row["layer"]) for row in found["rounded"]] == [(b, x) for b in (8, 4, 3, 2) for x in (0, 2)]
+    for row in found["this_model"] + found["rounded"]:
+        assert row["expert_error"] < row["expert_bound"] and row["largest_tightness"] <= 1
+    assert "violations of bounds and certificates: 0" in out
+    last = found["rounded"][-1]
+    cells = [line.split("│") for line in out.splitlines() if line.startswith("│    2 │     2 │")]
+    assert len(cells) == 2
+    assert cells[0][3].strip() == f"{last['expert_error']:.3g}"
+    assert cells[1][-2].strip() == f"{last['whole_model_observed']:.1%}"
 
 
 def test_router_change_reads_the_model_before(run: Run, tiny: Path, tmp_path: Path) -> None:

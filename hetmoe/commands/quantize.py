@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hetmoe.checkpoint.load import load_model, parse_dtype
 from hetmoe.checkpoint.save import save_model
 from hetmoe.commands.common import choose_text, make_console, write_json
 from hetmoe.commands.progress import show_progress
-from hetmoe.commands.quantize_report import print_layers, print_sizes
+from hetmoe.commands.quantize_report import print_guarantees, print_layers, print_sizes
 from hetmoe.errors import InputError
 from hetmoe.evaluate.prepare import unevaluated_text
 from hetmoe.evaluate.provenance import provenance
@@ -170,6 +171,9 @@ def run(request: QuantizeRequest) -> None:
         "notes": notes, "bits": allocation.bits.tolist(), "layers": facts,
         "sizes": dataclasses.asdict(found) | {"averages": found.averages()},
     }  # fmt: skip
+    if request.report:
+        text = _windows(request, model, request.report_tokens)[:, :-1]
+        record["guarantees"] = print_guarantees(console, model, quantized, recipe, jnp.asarray(text))
     console.print(f"quantized model: {output} ({time.perf_counter() - started:.0f} s)")
     if request.json_file is not None:
         write_json(request.json_file, record)

@@ -4,14 +4,20 @@ import collections
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from hetmoe.models.model import Model
 from hetmoe.quantize.allocation import used_levels
+from hetmoe.quantize.bounds.certify import certify
+from hetmoe.quantize.bounds.report import Row, rounded_rows, rows_of
 from hetmoe.quantize.budget import EXPERT_MATRICES
+from hetmoe.quantize.recipe import Recipe
 from hetmoe.quantize.sizes import Sizes
+
+_REACH = ("one_layer", "whole_model")
 
 
 def print_layers(
@@ -59,6 +65,72 @@ def _gptq_cells(model: Model, layer: dict[str, Any]) -> list[str]:
     least = min((part["damping"] for part in parts), default=0.0)
     more = sum(part["damping"] > 1.5 * least or not part["factored"] for part in parts)
     return [f"{sum(part['fell_back'] for part in parts):,}", str(few), str(none), str(more)]
+
+
+def print_guarantees(
+    console: Console, model: Model, quantized: Model, recipe: Recipe, tokens: jax.Array
+) -> dict[str, Any]:
+    """Bounds and certified routing of this quantization, and of all experts rounded to 8, 4, 3 and 2 bits.
+
+    Returns:
+        the rows of both (`hetmoe.quantize.bounds.report`).
+    """
+    console.print(
+        f"What is certain, on {tokens.size:,} tokens, in exact arithmetic. Expert errors: norms of changed outputs and "
+        "their bounds, medians; 'bound' is from weight differences and activations, 'by norms' from weight differences "
+        "and the input's norm, 'by steps' from step sizes and that norm. Routing: tokens whose set of experts cannot "
+        "change (certified; or if experts' measured errors are taken as known) and does not (observed), when only the "
+        "layer with experts before is quantized, and when all are."
+    )
+    own = rows_of(certify(model.params, quantized.params, tokens, model.config), model.config)
+    _print_guarantees(console, f"this model ({recipe.method})", own)
+    rounded: list[Row] = []
+    for bits in (8, 4, 3, 2):
+        rounded += rounded_rows(model.params, tokens, model.config, recipe.grid(bits))
+        console.print(f"bounded: all experts rounded to {bits} bits")
+    _print_guarantees(console, "all experts rounded to nearest", rounded)
+    violations = sum(row["violations"] for row in [*own, *rounded])
+    console.print(f"violations of bounds and certificates: {violations}")
+    return {"tokens": int(tokens.size), "this_model": own, "rounded": rounded, "violations": violations}
+
+
+def _print_guarantees(console: Console, of: str, rows: list[Row]) -> None:
+    """Error bounds and certified routing, a line for each layer (and bits)."""
+    stepped = "bits" in rows[0]
+    first = ["bits", "layer"] if stepped else ["layer"]
+    errors = Table(title=f"Expert errors: {of}", title_justify="left")
+    for heading in (
+        *first,
+        "measured",
+        "bound",
+        "tightness",
+        "largest",
+        "by norms",
+        *(["by steps"] if stepped else []),
+    ):
+        errors.add_column(heading, justify="right")
+    routing = Table(title=f"Routing: {of}", title_justify="left")
+    shares = [f"{kind}, {reach}" for kind in ("certified", "from measured", "observed") for reach in ("one", "all")]
+    for heading in (*first, "logits moved", "at most", *shares):
+        routing.add_column(heading, justify="right")
+    for row in rows:
+        place = [str(row[name]) for name in first]
+        numbers = [
+            row["expert_error"],
+            row["expert_bound"],
+            row["tightness"],
+            row["largest_tightness"],
+            row["norm_bound"],
+        ]
+        if stepped:
+            numbers.append(row["a_priori"] * row["norm_bound"])
+        errors.add_row(*place, *(f"{value:.3g}" for value in numbers))
+        shown = [f"{reach}_{kind}" for kind in ("certified", "certified_measured", "observed") for reach in _REACH]
+        cells = ["-" if row[kind] is None else f"{row[kind]:.1%}" for kind in shown]
+        moved = f"{row['whole_model_logit_change']:.3g}", f"{row['whole_model_logit_bound']:.3g}"
+        routing.add_row(*place, *moved, *cells)
+    console.print(errors)
+    console.print(routing)
 
 
 def print_sizes(console: Console, found: Sizes, before: Sizes, output: Path) -> None:

@@ -1,11 +1,16 @@
 """Error bounds of experts rounded to the nearest level, from what is stored of them alone."""
 
 import numpy as np
+from jaxtyping import Float64
 
 from hetmoe.errors import InputError
-from hetmoe.quantize.bounds.expert import Change, Expert, norms
+from hetmoe.models.params import FeedForward
+from hetmoe.quantize.bounds.expert import Change, Expert, change_of, error_constant, norms
+from hetmoe.quantize.bounds.weights import expert_weights
+from hetmoe.quantize.budget import EXPERT_MATRICES
 from hetmoe.quantize.grid import Grid
-from hetmoe.quantize.packed import Packed, dequantize_packed
+from hetmoe.quantize.mixed import MixedMatrix
+from hetmoe.quantize.packed import Packed, dequantize_packed, take_packed
 
 TINIEST = 2.0**-126  # float32's smallest normal number: weights below it may count as 0
 
@@ -36,6 +41,30 @@ def a_priori_change(gate: Packed, up: Packed, down: Packed) -> Change:
     now = norms(Expert(*stored))
     difference = norms(Expert(*(half_steps(w) for w in (gate, up, down))))
     return Change(clean=now.plus(difference), changed=now, difference=difference)
+
+
+def a_priori_ratios(clean: FeedForward, rounded: FeedForward, layer: int) -> Float64[np.ndarray, "experts"]:
+    """How many times as large the bound from steps is as that from actual differences, for each expert of a layer.
+
+    Args:
+        clean: experts of all layers, `[layers, experts, K, N]`.
+        rounded: the same, all rounded to the nearest level.
+        layer: which of them.
+    """
+    found: list[float] = []
+    for expert in range(clean.gate.shape[1]):
+        stored = (_packed_of(getattr(rounded, name), layer, expert) for name in EXPERT_MATRICES)
+        actual = change_of(expert_weights(clean, layer, expert), expert_weights(rounded, layer, expert))
+        known = error_constant(actual)
+        found.append(error_constant(a_priori_change(*stored)) / known if known > 0 else 1.0)
+    return np.array(found)
+
+
+def _packed_of(stack: MixedMatrix, layer: int, expert: int) -> Packed:
+    pool = stack.pools[int(stack.places.pool[layer, expert])]
+    if not isinstance(pool, Packed):
+        raise InputError(f"expert {expert} of layer {layer} (of those with experts) is not quantized")
+    return take_packed(pool, stack.places.slot[layer, expert])
 
 
 def half_steps(packed: Packed) -> np.ndarray:

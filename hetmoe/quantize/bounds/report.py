@@ -1,7 +1,6 @@
 """Rows of a report about certificates."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from hetmoe.errors import InputError
 from hetmoe.models.config import ModelConfig
 from hetmoe.models.params import Params
+from hetmoe.quantize.bounds.a_priori import a_priori_ratios
 from hetmoe.quantize.bounds.certificate import Certificate, LayerCertificate, Reading
 from hetmoe.quantize.bounds.certify import certify
 from hetmoe.quantize.grid import Grid
@@ -20,37 +20,29 @@ from hetmoe.quantize.rtn import round_to_nearest
 Row = dict[str, Any]
 
 
-def certificate_rows(
-    params: Params,
-    tokens: Int[Array, "batch seq"],
-    config: ModelConfig,
-    *,
-    bits: Sequence[int] = (8, 4, 3, 2),
-    group: int,
-    symmetric: bool,
-) -> list[Row]:
-    """Certificates with all routed experts rounded to the nearest level, one row for each of `bits` and each layer.
+def rounded_rows(params: Params, tokens: Int[Array, "batch seq"], config: ModelConfig, grid: Grid) -> list[Row]:
+    """Certificates with all routed experts rounded to the nearest level of a grid, one row for each layer.
 
     Args:
         params: the unquantized model.
         tokens: of the text that the statements are about.
         config: of the model.
-        bits: of the grids, in the order of the rows.
-        group: of the grids.
-        symmetric: likewise.
+        grid: to round to.
 
     Returns:
-        As `rows_of`, with "bits".
+        As `rows_of`, with "bits", and "a_priori": the bound of an expert's error that step sizes alone give, relative
+        to "norm_bound", for the layer's median expert.
 
     Raises:
-        InputError: as `certify` and `Grid`; if the experts are quantized already; if a group does not divide the rows.
+        InputError: as `certify`; if the experts are quantized already; if the group does not divide the rows.
     """
-    rows = list[Row]()
-    for width in bits:
-        quantized = rounded_experts(params, Grid(bits=width, group=group, symmetric=symmetric))
-        certificate = certify(params, quantized, tokens, config)
-        rows += [{"bits": width, **row} for row in rows_of(certificate, config)]
-    return rows
+    quantized = rounded_experts(params, grid)
+    rows = rows_of(certify(params, quantized, tokens, config), config)
+    clean, packed = params.layers.moe.experts, quantized.layers.moe.experts
+    return [
+        {"bits": grid.bits, **row, "a_priori": float(np.median(a_priori_ratios(clean, packed, layer)))}
+        for layer, row in enumerate(rows)
+    ]
 
 
 def rounded_experts(params: Params, grid: Grid) -> Params:
