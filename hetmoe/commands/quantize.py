@@ -24,6 +24,7 @@ from hetmoe.models.model import Model, model_fingerprint
 from hetmoe.placement.plan import all_digital
 from hetmoe.placement.plan_file import load_plan, save_plan
 from hetmoe.quantize.allocation import EXPECTED_LOSS, UNIFORM, Allocation, BitRule, allocate
+from hetmoe.quantize.budget import EXPERT_MATRICES
 from hetmoe.quantize.driver import quantize_experts
 from hetmoe.quantize.mixed import refuse_quantized
 from hetmoe.quantize.partial import FOLDER, PartialRun
@@ -130,6 +131,7 @@ def run(request: QuantizeRequest) -> None:
     settings = {
         "model": model.name,
         "fingerprint": model_fingerprint(model),
+        "experts": _digest(_sums(model)),
         "dtype": str(model.params.embed.dtype),
         "rule": _plain(how),
         "recipe": _plain(recipe),
@@ -183,6 +185,17 @@ def run(request: QuantizeRequest) -> None:
 def _windows(request: QuantizeRequest, model: Model, tokens: int) -> np.ndarray:
     """Text apart from what `hetmoe eval` evaluates by default."""
     return unevaluated_text(model, choose_text(request.text), tokens=tokens, seq=request.seq)[0].tokens
+
+
+def _sums(model: Model) -> np.ndarray:
+    """Sums of every expert matrix: other weights behind the same routers would be noticed."""
+    experts = model.params.layers.moe.experts
+    return np.stack([np.asarray(_sum(getattr(experts, name))) for name in EXPERT_MATRICES])
+
+
+@jax.jit
+def _sum(w: jax.Array) -> jax.Array:
+    return jnp.sum(w, axis=(-2, -1), dtype=jnp.float32)
 
 
 def _average_note(how: BitRule, allocation: Allocation) -> str:

@@ -37,13 +37,13 @@ class Sizes:
         return (self.codes + self.overhead + self.rest_bits) // 8
 
     def averages(self) -> dict[str, tuple[float, float]]:
-        """Bits per weight (without overhead, with it): of the quantized experts, and of the whole model."""
-        weights = self.quantized + self.rest
-        bits = self.codes + self.rest_bits
-        return {
-            "quantized experts": (self.codes / self.quantized, (self.codes + self.overhead) / self.quantized),
-            "whole model": (bits / weights, (bits + self.overhead) / weights),
-        }
+        """Bits per weight (without overhead, with it): of the quantized experts, if any, and of the whole model."""
+        weights, bits = self.quantized + self.rest, self.codes + self.rest_bits
+        found = {"whole model": (bits / weights, (bits + self.overhead) / weights)}
+        if not self.quantized:
+            return found
+        experts = self.codes / self.quantized, (self.codes + self.overhead) / self.quantized
+        return {"quantized experts": experts} | found
 
 
 def sizes(params: Params) -> Sizes:

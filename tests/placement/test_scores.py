@@ -11,6 +11,7 @@ from hetmoe.models.config import ModelConfig, Rope
 from hetmoe.models.model import Model
 from hetmoe.models.transformer import hidden_states
 from hetmoe.placement.scores import RULES, score_experts
+from tests.models.tiny import random_params, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +80,18 @@ def test_missing_or_unknown_arguments_are_errors(model: Model) -> None:
         score_experts(model, "largest")
     with pytest.raises(InputError, match="must be 'hidden' or 'output'"):
         score_experts(model, "max_neuron_norm", down_axis="rows")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("name", ["gate", "up", "down"])
+@pytest.mark.parametrize("where", [(0, 0), (63, 100), (40, 7)])
+def test_a_weight_that_is_nan_makes_its_score_nan(name: str, where: tuple[int, int]) -> None:
+    """In matrices so large that XLA on CPU loses NaN in their maxima."""
+    config = tiny_config(hidden_size=64, expert_intermediate_size=128, num_experts=4)
+    params = random_params(config, 0)
+    experts = params.layers.moe.experts
+    at = where if name != "down" else where[::-1]
+    experts = experts.replace(**{name: getattr(experts, name).at[0, 2, at[0], at[1]].set(jnp.nan)})
+    params = params.replace(layers=params.layers.replace(moe=params.layers.moe.replace(experts=experts)))
+    broken = Model(params=params, config=config, tokenizer=None, eos_token_id=None, name="broken")
+    scores = np.asarray(score_experts(broken, "max_neuron_norm"))
+    np.testing.assert_array_equal(np.isnan(scores), [[False, False, True, False]])
