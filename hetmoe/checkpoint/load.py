@@ -112,7 +112,8 @@ def load_model(name_or_dir: str | Path, dtype: Any = None, *, mesh: jax.sharding
     multi-token-prediction layers, which are left out.
 
     Args:
-        name_or_dir: directory with config.json and safetensors files or made by `hetmoe convert`; a name on the hub
+        name_or_dir: directory with config.json and safetensors files, or made by `hetmoe convert` or `quantize` (whose
+            quantized experts keep their steps in float16 whatever `dtype`); a name on the hub
             (`"allenai/OLMoE-1B-7B-0924"`, with `@revision` if wanted), downloaded into the hub's cache; or
             `"reference"` for the embedded model.
         dtype: dtype of the parameters (`"float32"`, `jnp.bfloat16`, ...); None = as stored. Block-wise FP8 weights are

@@ -15,6 +15,7 @@ from hetmoe.analog.spec import AnalogSpec
 from hetmoe.analog.tiles import block_max
 from hetmoe.errors import InputError
 from hetmoe.evaluate.run import evaluate_seeds, loss_batches
+from hetmoe.models.analog_arguments import check_quantized
 from hetmoe.models.config import ModelConfig, check_tokens
 from hetmoe.models.matrices import MATRICES, crossbar_matrices
 from hetmoe.models.model import Model
@@ -24,6 +25,7 @@ from hetmoe.ops.crossbar_matmul.base import CrossbarOptions
 from hetmoe.ops.grouped_crossbar.xla import grouped_crossbar
 from hetmoe.ops.grouped_matmul.xla import grouped_matmul
 from hetmoe.placement.plan import Plan, stack_plans
+from hetmoe.quantize.mixed import refuse_quantized
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,9 +85,10 @@ def search_by_output(
         dense: also the matrices outside the routed experts.
 
     Raises:
-        InputError: for no candidates, a bound that is not positive, or unusable tokens.
+        InputError: for no candidates, a bound that is not positive, unusable tokens, or quantized experts.
     """
     _check(methods, bounds)
+    refuse_quantized(model.params, "errors of outputs are not measured on")
     check_tokens(tokens, model.config)
     seen, seen_dense, hidden = _capture(model.params, tokens, model.config)
     ranges = [calibration_from(statistics, how) for how in methods]
@@ -180,9 +183,11 @@ def search_by_loss(
         bounds: candidates for lambda.
 
     Raises:
-        InputError: for no candidates, a bound that is not positive, or unusable tokens.
+        InputError: for no candidates, a bound that is not positive, unusable tokens, or a plan that puts quantized
+            experts on crossbars.
     """
     _check(methods, bounds)
+    check_quantized(model.params, plan)
     check_tokens(windows, model.config)
     batches = loss_batches(np.asarray(windows), min(16, windows.shape[0]))
     keys, plans = jax.random.split(jax.random.key(0), 1), stack_plans([stack_plans([plan])])
