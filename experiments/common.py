@@ -150,27 +150,42 @@ class Setup:
         """Of the loss over the digital model's."""
         return mean_interval(self.losses(point) - self.digital_loss)
 
-    def save(self, results: dict[str, Any], figure: matplotlib.figure.Figure, spec: AnalogSpec) -> None:
-        """Writes the figure and the record of the run."""
+    def save(self, results: dict[str, Any], figure: matplotlib.figure.Figure, spec: AnalogSpec | None) -> None:
+        """Writes the figure and the record of the run; `spec` is None where nothing is analog."""
         options = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self.options).items()}
+        analog = {} if spec is None else {k: v for k, v in describe(spec).items() if k != "noise_scale"}
         record = {
-            "format": "hetmoe-experiment-1",
-            "experiment": self.name,
-            "provenance": provenance() | {"command": ["python", f"experiments/{self.name}.py", *sys.argv[1:]]},
             "options": options | {"output": None},  # where the files go changes nothing in them
             "model": {"name": self.model.name, "fingerprint": model_fingerprint(self.model)},
             "text": dataclasses.asdict(self.text.size) | {"scoring_tokens": self.text.sample.byte_count.size},
-            "analog": {k: v for k, v in describe(spec).items() if k != "noise_scale"},
+            "analog": analog,
             "seed_keys": np.asarray(jax.random.key_data(self.keys)).tolist(),
             "digital": dataclasses.asdict(self.digital) | {"loss": self.digital_loss},
             "results": results,
-            "seconds": round(time.perf_counter() - self.started, 1),
         }
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110)
-        write_bytes(self.options.output / f"{self.name}.png", buffer.getvalue())
-        write_json(self.options.output / f"{self.name}.json", record)
-        self.console.print(f"{self.options.output / self.name}.json and .png; {record['seconds']:.0f} s")
+        write_results(self.options.output, self.name, record, figure, self.started, self.console)
+
+
+def write_results(
+    output: Path,
+    name: str,
+    record: dict[str, Any],
+    figure: matplotlib.figure.Figure,
+    started: float,
+    console: Console,
+) -> None:
+    """Writes the figure, and the record with its provenance."""
+    seconds = round(time.perf_counter() - started, 1)
+    head = {
+        "format": "hetmoe-experiment-1",
+        "experiment": name,
+        "provenance": provenance() | {"command": ["python", f"experiments/{name}.py", *sys.argv[1:]]},
+    }
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    write_bytes(output / f"{name}.png", buffer.getvalue())
+    write_json(output / f"{name}.json", head | record | {"seconds": seconds})
+    console.print(f"{output / name}.json and .png; {seconds:.0f} s")
 
 
 def prepare(name: str, options: Options) -> Setup:
