@@ -158,7 +158,7 @@ def make_optimizer(recipe: Recipe, steps: int) -> optax.GradientTransformation:
 
 
 def train(out: Path, splits: dict[str, Split], steps: int, recipe: Recipe) -> None:
-    """Runs or resumes training; every 200 steps a checkpoint, every 20 a line of `loss.jsonl`."""
+    """Runs or resumes training of a tokenizer and a model; every 20 steps a line of `loss.jsonl`."""
     tokenizer_file = out / "tokenizer.json"
     if tokenizer_file.exists():
         tokenizer = Tokenizer.from_file(str(tokenizer_file))
@@ -168,8 +168,14 @@ def train(out: Path, splits: dict[str, Split], steps: int, recipe: Recipe) -> No
     streams = token_streams(splits, tokenizer)
     typer.echo("tokens: " + ", ".join(f"{name} {len(stream):,}" for name, stream in streams.items()))
 
+    run_steps(out, streams, init_params(jax.random.key(recipe.seed), CONFIG), steps, recipe)
+
+
+def run_steps(
+    out: Path, streams: dict[str, np.ndarray], params: Params, steps: int, recipe: Recipe, save_every: int = 200
+) -> Params:
+    """Trains from `params`, whose arrays it takes over, or resumes in `out/checkpoints`; returns what it ends with."""
     optimizer = make_optimizer(recipe, steps)
-    params = init_params(jax.random.key(recipe.seed), CONFIG)
     state = (params, optimizer.init(cast("Any", params)))  # optax.Params is too narrow for pytree dataclasses
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -179,7 +185,7 @@ def train(out: Path, splits: dict[str, Split], steps: int, recipe: Recipe) -> No
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), metrics
 
-    options = ocp.CheckpointManagerOptions(max_to_keep=3, save_interval_steps=200)
+    options = ocp.CheckpointManagerOptions(max_to_keep=3, save_interval_steps=save_every)
     with ocp.CheckpointManager((out / "checkpoints").absolute(), options=options) as manager:
         start = 0
         if (latest := manager.latest_step()) is not None:
@@ -200,6 +206,7 @@ def train(out: Path, splits: dict[str, Split], steps: int, recipe: Recipe) -> No
                     progress.update(task, description=f"loss {row['cross_entropy']:.3f}")
                 progress.advance(task)
                 manager.save(step, args=ocp.args.StandardSave(state), force=last)
+    return state[0]
 
 
 def main(
