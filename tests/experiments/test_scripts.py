@@ -4,10 +4,16 @@ import importlib
 import json
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
+import finetune_bits
 from common import Options
+from finetune_reference import finetune
+from hetmoe.checkpoint.load import load_model
+from hetmoe.errors import InputError
+from hetmoe.evaluate.text import heldout_files
 
 SMALL: dict[str, dict[str, Any]] = {
     "converter_noise": {"bits": [6]},
@@ -16,6 +22,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "drift_month": {"devices": ["pcm"]},
     "global_budget": {"noise_scale": [5.0]},
     "bench_measured": {"naive_experts": 1, "rounds": 1},
+    "bits_vs_rules": {"fast": True, "calibration_tokens": 2048},
+    "gptq_prior": {"fast": True},
 }
 
 
@@ -57,6 +65,26 @@ def test_it_runs(name: str, tmp_path) -> None:
         "global_budget": lambda: all(
             r["digital_parameters"] <= results["crossbar_parameters"] for r in results["rows"]
         ),
+        "bits_vs_rules": lambda: all(
+            r["reached"] == r["average"] or (r["reached"] < r["average"] and r["rule"].startswith("expected_loss"))
+            for r in results["rows"]["hqq"]
+        ),
+        "gptq_prior": lambda: [r["bits"] for r in results["rows"]] == [2] * (2 + 2 * 2),
         "bench_measured": lambda: results["naive_scaled_s"] == pytest.approx(128 * results["naive_part_s"]),
     }
     assert checks[name]()
+
+
+@pytest.mark.slow
+def test_finetune_bits(tmp_path) -> None:
+    text = tmp_path / "train.txt"
+    text.write_text("".join(file.read_text() for file in heldout_files())[:50_000])
+    own = {"run": tmp_path / "run", "train_text": text, "output": tmp_path, "fast": True}
+    small = {"tokens": 512, "calibration_tokens": 2048, "seq": 64}
+    with jax.numpy_dtype_promotion("standard"):  # optax counts steps in int32
+        finetune_bits.main(**own, **small, steps=2)
+    first = json.loads((tmp_path / "finetune_bits.json").read_text())["results"]
+    assert {tuple(row["kinds"]) for row in first["rows"]} == {("austen", "shakespeare", "wordnet")}
+    assert np.any(np.array(first["router_norms"]["change"]) != 0)
+    with pytest.raises(InputError, match="other settings"):
+        finetune(load_model("reference", "float32"), tmp_path / "run", "wordnet", text, 3)
