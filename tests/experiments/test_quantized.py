@@ -23,6 +23,7 @@ LEVELS = (1, 2, 3)
 BITS = np.random.default_rng(0).choice(LEVELS, (2, 4, 3))
 
 
+@pytest.mark.slow
 def test_a_plain_model_is_the_quantized_one() -> None:
     params = quantized.Quantizer(MODEL, RTN, LEVELS, None).params(BITS)
     model, _ = quantize_experts(MODEL, BITS, RTN)
@@ -65,6 +66,7 @@ def test_differences_are_paired_by_part() -> None:
     assert both.accuracy == pytest.approx(0.65)
 
 
+@pytest.mark.slow
 def test_allocations_are_those_of_the_library() -> None:
     key, windows = jax.random.key(1), random_tokens(CONFIG, 3, (6, 9))
     rule = {"average": 2.0, "levels": LEVELS, "zeta": None}

@@ -10,9 +10,12 @@ import pytest
 from hetmoe import load_model
 from hetmoe.errors import InputError
 from hetmoe.models.transformer import hidden_states
+from hetmoe.quantize.bounds.a_priori import a_priori_change
 from hetmoe.quantize.bounds.certify import certify
+from hetmoe.quantize.bounds.expert import Expert, change_of, error_constant
 from hetmoe.quantize.bounds.report import rounded_experts, rounded_rows, rows_of
 from hetmoe.quantize.grid import Grid
+from hetmoe.quantize.packed import dequantize_packed, take_packed
 from tests.models.tiny import random_params, random_tokens, tiny_config
 
 SIZES = {"hidden_size": 32, "expert_intermediate_size": 32}  # that a group of 32 divides
@@ -37,6 +40,19 @@ def check_rows(rows):
     assert rows[0]["whole_model_certified"] == rows[0]["whole_model_observed"] == 1
 
 
+def a_priori_over_actual(params, quantized, layer):
+    """Of every expert of a layer; the pools hold all experts, layer after layer."""
+    found = []
+    for expert in range(TINY.num_experts):
+        leaves = [(getattr(tree.layers.moe.experts, n)) for n in ("gate", "up", "down") for tree in (params, quantized)]
+        clean = [np.asarray(w[layer, expert], np.float64) for w in leaves[::2]]
+        packed = [take_packed(w.pools[0], layer * TINY.num_experts + expert) for w in leaves[1::2]]
+        rounded = [np.asarray(dequantize_packed(w), np.float64) for w in packed]
+        actual = error_constant(change_of(Expert(*clean), Expert(*rounded)))
+        found.append(error_constant(a_priori_change(*packed)) / actual)
+    return found
+
+
 def test_rows_are_those_of_each_width_and_layer():
     params, tokens = random_params(TINY, 0), random_tokens(TINY, 1, (2, 6))
     grids = [Grid(bits=bits, group=32, symmetric=False) for bits in (8, 2)]
@@ -46,9 +62,8 @@ def test_rows_are_those_of_each_width_and_layer():
     check_rows(rows[2:])
     quantized = rounded_experts(params, grids[1])
     certificate = certify(params, quantized, tokens, TINY)
-    # Half a step is the most that a weight may move, and its root mean square is 1 / sqrt(3) of that; norms of
-    # differences enter once or with other norms, which grow too.
-    assert all(1 < row["a_priori"] < 6 for row in rows)
+    assert rows[3]["a_priori"] == pytest.approx(np.median(a_priori_over_actual(params, quantized, 1)), rel=1e-12)
+    assert all(row["a_priori"] > 1 for row in rows)  # no difference is beyond half a step
     assert rows[2:] == [
         {"bits": 2, **row, "a_priori": rows[2 + n]["a_priori"]} for n, row in enumerate(rows_of(certificate, TINY))
     ]
