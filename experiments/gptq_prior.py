@@ -22,7 +22,8 @@ import typer
 from common import Options, Setup, add_legend, as_record, draw_line, make_table, panels, plus_minus, prepare, run
 from hetmoe.commands.common import choose_text
 from hetmoe.commands.progress import show_progress
-from hetmoe.quantize.driver import quantize_experts, with_experts
+from hetmoe.models.params import with_experts
+from hetmoe.quantize.driver import quantize_experts
 from hetmoe.quantize.gptq import GptqOptions
 from hetmoe.quantize.recipe import Method, Recipe
 from hetmoe.report.style import COLOURS

@@ -22,9 +22,9 @@ from hetmoe.evaluate.run import Batches, evaluate_digital
 from hetmoe.evaluate.statistics import Interval, paired_difference
 from hetmoe.evaluate.text import apart, load_windows
 from hetmoe.models.model import Model
-from hetmoe.models.params import FeedForward, Params
+from hetmoe.models.params import FeedForward, Params, with_experts
 from hetmoe.quantize.budget import EXPERT_MATRICES, average_budget, bits_within, code_bits
-from hetmoe.quantize.driver import quantize_experts, with_experts
+from hetmoe.quantize.driver import quantize_experts
 from hetmoe.quantize.expected_loss import ExpectedIncrease, expected_increase
 from hetmoe.quantize.hqq import half_quadratic
 from hetmoe.quantize.levels import Alternative, assign, level_counts

@@ -19,12 +19,17 @@ from tokenizers.pre_tokenizers import Whitespace
 
 import hetmoe
 from hetmoe.checkpoint.save import save_model
+from hetmoe.commands import quantize
+from hetmoe.models.params import with_experts
 from hetmoe.placement.plan import experts_analog
 from hetmoe.placement.plan_file import load_plan, save_plan
+from hetmoe.quantize.driver import quantize_experts
 from hetmoe.quantize.layout import layout_of
+from hetmoe.quantize.partial import PartialRun
+from hetmoe.quantize.recipe import Recipe
 from hetmoe.quantize.rtn import round_to_nearest
 from tests.quantize.grids import values_of
-from tests.quantize.tiny_quantized import RECIPE, plain
+from tests.quantize.tiny_quantized import RECIPE, plain, same
 
 Run = Callable[..., tuple[int, str, str]]
 TINY = ("--group", 32, "--quantizer", "rtn")
@@ -66,7 +71,7 @@ def test_the_reference_model_from_end_to_end(run: Run, tmp_path: Path) -> None:
     assert layout_of(model.params.layers.moe.experts).bits().tolist() == record["bits"]
     plan = json.loads((tmp_path / "q" / "plan.json").read_text())
     words = [where for row in plan["experts_run_on"] for where in row]
-    assert [words.count(w) for w in ("analog", "digital at 3 bits", "digital at 1 bits")] == [64, 48, 16]
+    assert [words.count(w) for w in ("analog", "digital at 3 bits", "digital at 1 bit")] == [64, 48, 16]
     analog = ["analog" == where for where in words]
     np.testing.assert_array_equal(np.asarray(load_plan(half, hetmoe.load_model("reference")).experts).ravel(), analog)
 
@@ -147,15 +152,65 @@ def test_a_killed_run_goes_on_and_never_loads_half_done(tiny: Path, tmp_path: Pa
     process.wait()
     assert first.exists()
     if not (tmp_path / "q" / "model.safetensors").exists():  # killed before the end, as nearly always
-        with pytest.raises(hetmoe.InputError):
+        with pytest.raises(hetmoe.InputError, match="was stopped here: repeat the same command"):
             hetmoe.load_model(tmp_path / "q")
-        kept = first.read_bytes()
         assert subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.startswith(
             "going on with the layers in"
         )
-        assert kept
     assert not (tmp_path / "q" / ".partial").exists()
-    assert hetmoe.load_model(tmp_path / "q").config == plain().config
+    found = hetmoe.load_model(tmp_path / "q")
+    recipe = Recipe(method="hqq", group=32)
+    assert same(found, quantize_experts(plain(), np.full((2, 8, 3), 2), recipe)[0])
+
+
+class Stop(BaseException):
+    """No handler of errors sees it."""
+
+
+def test_a_stopped_run_is_taken_up_by_the_same_command_only(
+    run: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        (tmp_path / "q" / ".weights-left").mkdir()
+        raise Stop
+
+    command = ["--bits", 2.5, "--levels", "2,3", "--quantizer", "rtn", "--group", 32, "-o", tmp_path / "q"]
+    with monkeypatch.context() as patch:
+        patch.setattr(quantize, "save_model", stop)
+        with pytest.raises(Stop):
+            run("quantize", tiny, *command)
+    for other, name in (
+        (("--quantizer", "hqq"), "method"), (("--bits", 2.25), "average"), (("--rule", "random"), "rule"),
+        (("--seed", 1), "seed"), (("--zeros", "symmetric"), "zeros"), (("--dtype", "bfloat16"), "dtype"),
+        (("--zeta", 2), "zeta"),
+    ):  # fmt: skip
+        code, _, err = run("quantize", tiny, *command, *other)
+        assert code == 2 and f"({name} " in err and "repeat that command to go on" in err, err
+    # Other weights behind the same routers: the sums of all matrices are the same too.
+    gate = plain().params.layers.moe.experts.gate[..., ::-1]
+    params = with_experts(plain().params, plain().params.layers.moe.experts.replace(gate=gate))
+    save_model(tmp_path / "other" / "tiny", plain().replace(params=params))
+    code, _, err = run("quantize", tmp_path / "other" / "tiny", *command)
+    assert code == 2 and "(weights " in err, err
+
+    code, out, err = run("quantize", tiny, *command)
+    assert code == 0 and out.startswith("going on with the layers in"), err
+    assert run("quantize", tiny, *command[:-1], tmp_path / "whole")[0] == 0
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert sorted(path.name for path in (tmp_path / "q").iterdir()) == names
+    for name in names:
+        assert (tmp_path / "q" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_layers_without_their_settings_are_not_taken_up(run: Run, tiny: Path, tmp_path: Path) -> None:
+    """What a kill leaves that comes while finished layers are removed."""
+    partial = PartialRun(tmp_path / "q")
+    partial.begin({"method": "rtn"})
+    partial.folder.mkdir(parents=True)
+    quantize_experts(plain(), np.full((2, 8, 3), 2), Recipe(method="rtn", group=32), partial=partial)
+    assert run("quantize", tiny, "--bits", 2, "--group", 32, "--quantizer", "hqq", "-o", tmp_path / "q")[0] == 0
+    found = hetmoe.load_model(tmp_path / "q")
+    assert same(found, quantize_experts(plain(), np.full((2, 8, 3), 2), Recipe(method="hqq", group=32))[0])
 
 
 def test_plans_name_the_quantization_that_they_are_of(run: Run, tiny: Path, tmp_path: Path) -> None:
@@ -165,6 +220,11 @@ def test_plans_name_the_quantization_that_they_are_of(run: Run, tiny: Path, tmp_
         load_plan(tmp_path / "two" / "plan.json", hetmoe.load_model(tmp_path / "three"))
     with pytest.raises(hetmoe.InputError, match="for 'tiny' with quantized experts, and these are not"):
         load_plan(tmp_path / "two" / "plan.json", hetmoe.load_model(tiny))
+    record = json.loads((tmp_path / "two" / "plan.json").read_text())
+    record["experts_run_on"][1].append("analog")
+    (tmp_path / "longer.json").write_text(json.dumps(record))
+    with pytest.raises(hetmoe.InputError, match="must name every expert of every layer"):
+        load_plan(tmp_path / "longer.json", hetmoe.load_model(tmp_path / "two"))
     analog = experts_analog(plain().config)
     save_plan(tmp_path / "analog.json", analog, hetmoe.load_model(tiny))
     with pytest.raises(hetmoe.InputError, match="puts 16 quantized experts on crossbars"):
@@ -174,19 +234,28 @@ def test_plans_name_the_quantization_that_they_are_of(run: Run, tiny: Path, tmp_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--bits", 2.5), "give --levels, the bits that an expert may get"),
+        (("--bits", 2.5), "no grid has exactly 2.5 bits: use 1, 2, 3, 4, 8, or give --levels"),
+        (("--bits", "nan"), "no grid has exactly nan bits"),
+        (("--bits", "inf"), "no grid has exactly inf bits"),
         (("--levels", "1,2"), "give --bits, the average bits per weight"),
         (("--bits", 2.5, "--levels", "1,x"), "--levels '1,x' must be whole numbers"),
         (("--bits", 2.5, "--levels", "3,4"), "2.5 bits are not between the levels 3, 4"),
         (("--bits", 2.5, "--levels", "2,5"), "levels=2,5 must be ascending ones of 1, 2, 3, 4, 8"),
         (("--bits", 2.5, "--levels", "1,2,4"), "not equally spaced"),
-        (("--bits", 5), "levels=5"),
+        (("--bits", 5), "no grid has exactly 5.0 bits"),
         (("--bits", 2, "--rule", "best"), "unknown rule 'best'"),
         (("--bits", 2, "--quantizer", "awq"), "quantiser 'awq' is unknown"),
         (("--bits", 2, "--group", 48), "group=48 must be one of 32, 64, 128"),
         (("--bits", 2, "--zeros", "none"), "zeros='none'"),
-        (("--bits", 2, "--tokens", 10), "--tokens >= --seq"),
-        (("--bits", 2, "--seed", -1), "--seed >= 0"),
+        (("--bits", 2, "--quantizer", "gptq", "--tokens", 10), "--tokens 10 is less than one window of --seq 64"),
+        (("--bits", 2, "--seed", -1), "--seed -1 must be at least 0"),
+        (("--bits", 2, "--seed", 2**70), "must be below 2**32"),
+        (("--bits", 2, "--alternative", "foo"), "--alternative 'foo' must be paper or fewest_lowest"),
+        (("--bits", 2, "--max-var", "foo"), "--max-var 'foo' must be highest_norm or all"),
+        (("--bits", 2, "--more-bits", "foo"), "--more-bits 'foo' must be rare or frequent"),
+        (("--bits", 2, "--zeta", "inf"), "zeta=inf"),
+        (("--max-bytes", -5, "--levels", "2,3", "--rule", "expected_loss"), "a budget of -5 bytes"),
+        (("--bits", 2, "--report"), "tokenizer"),
         (("--bits", 2.5, "--levels", "2,3", "--zeta", 0.5), "zeta=0.5"),
         (("--bits", 2.5, "--levels", "2,3", "--zeta", "nan"), "zeta=nan"),
         (("--bits", 2, "--rule", "uniform", "--initial", "reference"), "--initial is for --rule router_change"),
@@ -209,7 +278,7 @@ def test_bad_options_are_refused(
     seq = () if "--seq" in arguments else ("--seq", 64)
     code, _, err = run("quantize", tiny, *arguments, *group, *seq, "-o", tmp_path / "q")
     assert code == 2 and message in err, err
-    assert not list(tmp_path.glob("q/*.safetensors")) and not (tmp_path / "q" / "config.json").exists()
+    assert not (tmp_path / "q").exists()  # so that the corrected command is not refused
 
 
 def test_outputs_and_models_that_are_in_the_way(run: Run, tiny: Path, tmp_path: Path) -> None:
@@ -223,8 +292,13 @@ def test_outputs_and_models_that_are_in_the_way(run: Run, tiny: Path, tmp_path: 
     assert code == 2 and "exists; choose another output or remove it first" in err
     code, _, err = run("quantize", tmp_path / "q", "--bits", 2, *TINY, "-o", tmp_path / "again")
     assert code == 2 and "cannot quantize again a model with quantized experts: use the one" in err
-    code, _, err = run("place", tmp_path / "q", "--rule", "max_neuron_norm")
-    assert code == 2 and "does not score a model with quantized experts" in err
+    for rule in ("max_neuron_norm", "router_norm"):
+        code, _, err = run("place", tmp_path / "q", "--rule", rule)
+        assert code == 2 and "place the model that it was made from" in err
+    code, _, err = run(
+        "quantize", tiny, "--bits", 2.5, "--levels", "2,3", "--initial", tiny, *TINY, "-o", tmp_path / "same"
+    )
+    assert code == 2 and "has the same routers as the model itself" in err
     short = tmp_path / "short.txt"
     short.write_text("a few words of text, far too few. " * 20)
     code, _, err = run(

@@ -174,11 +174,8 @@ def _program_mixed(key: jax.Array, name: str, mixed: MixedMatrix, spec: AnalogSp
     The maxima of quantized experts are NaN.
     """
     pool, has_own = unquantized(mixed)
-    if pool is None:
-        raise InputError(
-            f"all experts' {name} matrices are quantized, so there is nothing to put on crossbars: only a model with "
-            "others too can be programmed"
-        )
+    if pool is None:  # all are quantized: a matrix of zeros stands for those that could be on crossbars
+        pool = jnp.zeros((1, *mixed.shape[-2:]), mixed.dtype)
     count, experts = pool.shape[0], has_own.shape[-1]
     slot = jnp.where(has_own, mixed.places.slot, count)  # `count` is none of them
     owner = jnp.zeros((count,), jnp.int32).at[slot.reshape(-1)].set(jnp.arange(slot.size), mode="drop")

@@ -79,6 +79,8 @@ def open_checkpoint(name_or_dir: str | Path) -> Checkpoint:
         raise InputError(f"{directory}: is an Orbax checkpoint; this needs safetensors: hetmoe convert it back first")
     path = directory / "config.json"
     if not path.exists() and not path.is_symlink():
+        if (directory / ".partial").is_dir():
+            raise InputError(f"{directory}: 'hetmoe quantize' was stopped here: repeat the same command to finish it")
         raise InputError(f"{path}: no such file; a model directory holds config.json and model*.safetensors")
     content = read_json(inside(directory, path))
     config = config_from_hf(content, source=str(path))

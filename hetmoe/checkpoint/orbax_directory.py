@@ -23,7 +23,7 @@ from hetmoe.models.hf_config import config_from_hf
 from hetmoe.models.hf_config_write import config_to_hf
 from hetmoe.models.hf_fields import read_json
 from hetmoe.models.model import Model
-from hetmoe.models.params import FeedForward, Params
+from hetmoe.models.params import FeedForward, Params, with_experts
 from hetmoe.quantize.budget import EXPERT_MATRICES
 from hetmoe.quantize.layout import QuantizedLayout, abstract_packed, check_layout, layout_from_json, layout_of
 from hetmoe.quantize.mixed import MixedMatrix, Places, arranged
@@ -102,16 +102,12 @@ def _experts(params: Any) -> FeedForward:
     return params.layers.moe.experts
 
 
-def _with_experts(params: Any, changed: dict[str, Any]) -> Any:
-    experts = dataclasses.replace(_experts(params), **changed)
-    return params.replace(layers=params.layers.replace(moe=params.layers.moe.replace(experts=experts)))
-
-
 def _arranged(params: Params, layout: QuantizedLayout | None) -> Params:
     """With quantized matrices in the pools that their layout leads to."""
     if layout is None:
         return params
-    return _with_experts(params, {n: arranged(getattr(_experts(params), n), layout.pools(n)) for n in EXPERT_MATRICES})
+    found = {name: arranged(getattr(_experts(params), name), layout.pools(name)) for name in EXPERT_MATRICES}
+    return with_experts(params, FeedForward(**found))
 
 
 def _abstract(record: Record, dtype: Any, shardings: Params | None) -> Params:
@@ -136,7 +132,9 @@ def _abstract(record: Record, dtype: Any, shardings: Params | None) -> Params:
         return MixedMatrix(pools=tuple(pools), places=Places(pool=place, slot=place))
 
     plain = jax.tree.map(target, wanted, shardings, is_leaf=is_leaf)
-    return plain if record.layout is None else _with_experts(plain, {name: mixed(name) for name in EXPERT_MATRICES})
+    if record.layout is None:
+        return plain
+    return with_experts(plain, FeedForward(**{name: mixed(name) for name in EXPERT_MATRICES}))
 
 
 def _digests(tree: Path) -> dict[str, list[int]]:

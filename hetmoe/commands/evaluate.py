@@ -116,7 +116,9 @@ def run(request: EvalRequest) -> None:
         share, of = digital_parameters(placement.plans[0], model.config)
         console.print(f"{placement.name}: {share / of:.1%} of the parameters that could be on crossbars are digital")
     if not placements:
-        console.print("experts are quantized and stay digital: --plan evaluates plans with others on crossbars")
+        console.print(
+            "experts are quantized and stay digital, whatever --rule and --digital say; --plan puts others on crossbars"
+        )
     digital = digital_point(model, batches, size, request.implementation)
     points = _sweep(request, model, calibration, placements, keys, batches, size, console) if placements else []
     seconds = time.perf_counter() - started
@@ -201,7 +203,7 @@ def _record(
 ) -> dict[str, Any]:  # fmt: skip
     options = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(request).items()}
     options["plans"] = [str(path) for path in request.plans]
-    keys = noise_keys(request.seed, request.seeds)
+    keys, layout = noise_keys(request.seed, request.seeds), layout_of(model.params.layers.moe.experts)
     return {
         "format": "hetmoe-eval-1",
         "provenance": provenance(),
@@ -209,6 +211,7 @@ def _record(
             "name": model.name,
             "fingerprint": model_fingerprint(model),
             "config": dataclasses.asdict(model.config),
+            "quantization": None if layout is None else layout.to_json(),
         },
         "text": {"files": [f.name for f in files], **dataclasses.asdict(size)},
         "options": options,

@@ -104,17 +104,21 @@ def run(model_source: str, dtype: str | None, json_file: Path | None) -> None:
     counts = parameters_by_module(config)
     total, active = sum(counts.values()), active_parameters(config, counts)
 
-    about = Table(title=f"{name} ({identity})", title_justify="left", show_header=False)
+    title = f"{name} ({identity}{'' if layout is None else ', quantized'})"
+    about = Table(title=title, title_justify="left", show_header=False)
     for field, value in _described(config):
         about.add_row(field, value)
     about.add_row("dtype", stored)
     about.add_row("tokenizer", "none" if tokenizer is None else f"{tokenizer.get_vocab_size()} entries")
     width = jnp.dtype(stored).itemsize
+    runs_on = dict(_RUNS_ON)
     memory = {module: count * width for module, count in counts.items()}
     if layout is not None:
         kinds, quantized, bits = _expert_bits(config, layout)
         for said, count in sorted(kinds.items()):
             about.add_row("quantized experts", f"{count} matrices at {said}")
+        whole = quantized == counts["experts"]
+        runs_on["experts"] = _DIGITAL if whole else "digital if quantized, others analog or digital by plan"
         memory["experts"] += bits // 8 - quantized * width
     console.print(about)
 
@@ -122,7 +126,7 @@ def run(model_source: str, dtype: str | None, json_file: Path | None) -> None:
     for heading in ("module", "parameters", "share", "memory", "runs on"):
         table.add_column(heading, justify="left" if heading in ("module", "runs on") else "right")
     for module, count in sorted(counts.items(), key=lambda item: -item[1]):
-        table.add_row(module, f"{count:,}", f"{count / total:.2%}", f"{memory[module] / 1e6:,.2f} MB", _RUNS_ON[module])
+        table.add_row(module, f"{count:,}", f"{count / total:.2%}", f"{memory[module] / 1e6:,.2f} MB", runs_on[module])
     table.add_row("total", f"{total:,}", "100.00%", f"{sum(memory.values()) / 1e6:,.2f} MB", "")
     console.print(table)
     console.print(f"multiplied per token: {active:,} parameters")

@@ -30,7 +30,9 @@ from hetmoe.placement.plan import Plan, digital_count, place
 from hetmoe.placement.plan_file import write_plan
 from hetmoe.placement.scores import DEVICE_RULES, RANDOM, RULES, check_down_axis, score_experts, score_modules
 from hetmoe.placement.streaming import STREAMED, stream_scores
+from hetmoe.quantize.layout import layout_of
 
+QUANTIZED = "has quantized experts: place the model that it was made from, then give that plan to hetmoe quantize"
 BUDGETS = {"per_layer": "of each layer's experts", "parameters": "of parameters", "energy": "of the extra energy"}
 
 
@@ -110,6 +112,8 @@ def run(request: PlaceRequest) -> None:
     streamed = request.rule in STREAMED and request.budget != "energy" and not request.compare
     if streamed and not orbax_directory.is_one(directory):
         checkpoint = open_checkpoint(request.model)
+        if checkpoint.storage.layout is not None:
+            raise InputError(f"{checkpoint.name}: {QUANTIZED}")
         config, axis = checkpoint.config, check_down_axis(request.down_axis)
         experts, identity = stream_scores(
             checkpoint, request.rule, key=request.key, down_axis=axis, dtype=request.dtype
@@ -119,6 +123,8 @@ def run(request: PlaceRequest) -> None:
         # Loss differences of single experts are below what 16 bits resolve.
         dtype = "float32" if request.dtype is None and request.rule in DEVICE_RULES else request.dtype
         model = load_model(request.model, dtype)
+        if layout_of(model.params.layers.moe.experts) is not None:
+            raise InputError(f"{model.name}: {QUANTIZED}")
         config, identity = model.config, model_fingerprint(model)
         sample = _sample(request, model)
         scores = _scores(request, model, sample, spec, console)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import shutil
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -24,12 +25,13 @@ from hetmoe.models.model import Model, model_fingerprint
 from hetmoe.placement.plan import all_digital
 from hetmoe.placement.plan_file import load_plan, save_plan
 from hetmoe.quantize.allocation import EXPECTED_LOSS, UNIFORM, Allocation, BitRule, allocate
-from hetmoe.quantize.budget import EXPERT_MATRICES
 from hetmoe.quantize.driver import quantize_experts
+from hetmoe.quantize.grid import BITS
 from hetmoe.quantize.mixed import refuse_quantized
-from hetmoe.quantize.partial import FOLDER, PartialRun
+from hetmoe.quantize.partial import FOLDER, Decided, PartialRun
 from hetmoe.quantize.recipe import Recipe
 from hetmoe.quantize.sizes import sizes
+from hetmoe.sweep.setup import model_identity
 
 READ_TEXT = ("activation_frequency", EXPECTED_LOSS)
 PLAN = "plan.json"  # beside the model, where each expert runs
@@ -72,6 +74,13 @@ class QuantizeRequest:
             rule = "router_change" if self.initial is not None else UNIFORM if len(levels) == 1 else "router_norm"
         if self.initial is not None and rule != "router_change":
             raise InputError(f"--initial is for --rule router_change; rule {rule!r} does not look at it")
+        for option, value, known in (
+            ("alternative", self.alternative, ("paper", "fewest_lowest")),
+            ("max-var", self.max_var, ("highest_norm", "all")),
+            ("more-bits", self.more_bits, ("rare", "frequent")),
+        ):
+            if value not in known:
+                raise InputError(f"--{option} {value!r} must be {' or '.join(known)}")
         named: Any = {"alternative": self.alternative, "variance": self.max_var, "more_bits": self.more_bits}
         zeta = self.zeta or None
         return BitRule(rule=rule, average=self.bits, levels=levels, zeta=zeta, max_bytes=self.max_bytes, **named)
@@ -83,24 +92,35 @@ class QuantizeRequest:
 
     def _levels(self) -> tuple[int, ...]:
         if self.levels is None:
-            if self.bits is None or self.bits != int(self.bits):
-                raise InputError("give --levels, the bits that an expert may get, for example --levels 1,2,3")
+            if self.bits not in BITS:
+                raise InputError(
+                    f"no grid has exactly {self.bits} bits: use {', '.join(map(str, BITS))}, or give --levels, the "
+                    "bits that an expert may get, for example --levels 1,2,3"
+                )
             return (int(self.bits),)
         try:
             return tuple(int(part) for part in self.levels.split(","))
         except ValueError:
             raise InputError(f"--levels {self.levels!r} must be whole numbers with commas, such as 1,2,3") from None
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether rule or quantiser look at text."""
+        return self.quantizer == "gptq" or self.rule in READ_TEXT
+
     def check(self) -> Path:
         """The output. Raises InputError for values that need neither model nor text to be seen wrong."""
         if self.output is None:
             raise InputError("name a directory for the quantized model: -o DIR")
-        if self.seq < 1 or self.tokens < self.seq or self.seed < 0:
-            raise InputError(
-                f"need --seq >= 1, --tokens >= --seq and --seed >= 0, got {self.seq}, {self.tokens}, {self.seed}"
-            )
-        if self.report_tokens < self.seq:
-            raise InputError(f"--report-tokens {self.report_tokens} is less than one window of --seq {self.seq}")
+        for name, least in (("seq", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"--{name} {getattr(self, name)} must be at least {least}")
+        if self.seed >= 2**32:
+            raise InputError(f"--seed {self.seed} must be below 2**32")
+        used = {"--tokens": self.reads_text, "--report-tokens": self.report}
+        for name, value in (("--tokens", self.tokens), ("--report-tokens", self.report_tokens)):
+            if used[name] and value < self.seq:
+                raise InputError(f"{name} {value} is less than one window of --seq {self.seq}")
         parse_dtype(self.dtype)
         _check_output(self.output)
         if self.json_file is not None:
@@ -117,25 +137,25 @@ def _check_output(output: Path) -> None:
 
 def run(request: QuantizeRequest) -> None:
     """Quantizes, saves, and reports."""
-    output, how, recipe = request.check(), request.bit_rule(), request.recipe()
+    how, recipe, output = request.bit_rule(), request.recipe(), request.check()
     console, started = make_console(), time.perf_counter()
     model = load_model(request.model, request.dtype)
     refuse_quantized(model.params, "hetmoe cannot quantize again")
-    reads_text = recipe.method == "gptq" or how.rule in READ_TEXT
-    if (reads_text or request.report) and request.seq > model.config.max_position_embeddings:
+    if (request.reads_text or request.report) and request.seq > model.config.max_position_embeddings:
         raise InputError(f"--seq {request.seq} exceeds the model's context of {model.config.max_position_embeddings}")
     plan = all_digital(model.config) if request.plan is None else load_plan(request.plan, model)
     initial = None if request.initial is None else load_model(request.initial, request.dtype)
-    windows = _windows(request, model, request.tokens) if reads_text else None
+    windows = _windows(request, model, request.tokens) if request.reads_text else None
+    # Read before the work, so that text which cannot be used costs nothing.
+    report_text = _windows(request, model, request.report_tokens)[:, :-1] if request.report else None
     partial = PartialRun(output)
     settings = {
         "model": model.name,
-        "fingerprint": model_fingerprint(model),
-        "experts": _digest(_sums(model)),
+        "weights": _weights(model),
         "dtype": str(model.params.embed.dtype),
-        "rule": _plain(how),
-        "recipe": _plain(recipe),
-        "initial": None if initial is None else [initial.name, model_fingerprint(initial)],
+        **_plain(how),
+        **_plain(recipe),
+        "initial": None if initial is None else _weights(initial),
         "analog_experts": _digest(np.asarray(plan.experts)),
         "text": None if windows is None else _digest(windows),
         "seed": request.seed,
@@ -143,19 +163,21 @@ def run(request: QuantizeRequest) -> None:
     decided = partial.begin(settings)
     if decided is not None:
         console.print(f"going on with the layers in {partial.folder}")
-        allocation = Allocation(bits=np.array(decided["bits"], np.int64), notes=tuple(decided["notes"]))
+        allocation = Allocation(bits=decided.bits, notes=decided.notes)
     else:
         allocation = allocate(
             model, how, recipe, key=jax.random.key(request.seed), windows=windows,
             initial=None if initial is None else initial.params.layers.moe.router, digital=~np.asarray(plan.experts),
         )  # fmt: skip
-        partial.decide(settings, {"bits": allocation.bits.tolist(), "notes": list(allocation.notes)})
+        partial.decide(settings, Decided(bits=allocation.bits, notes=allocation.notes))
     with show_progress(console, recipe.method, "layers with experts", len(model.config.moe_layers)) as advance:
         quantized, facts = quantize_experts(
             model, allocation.bits, recipe, windows=None if windows is None else windows[:, :-1],
             partial=partial, progress=lambda _: advance(1),
         )  # fmt: skip
     made_by = {"rule": how.rule, "quantizer": recipe.method, "average": float(allocation.average)}
+    for left in output.glob(".weights-*"):  # of a run that was killed while it saved
+        shutil.rmtree(left, ignore_errors=True)
     save_model(output, quantized, made_by=made_by)
     save_plan(output / PLAN, plan, quantized, made_by=made_by)
     partial.remove()
@@ -173,9 +195,8 @@ def run(request: QuantizeRequest) -> None:
         "notes": notes, "bits": allocation.bits.tolist(), "layers": facts,
         "sizes": dataclasses.asdict(found) | {"averages": found.averages()},
     }  # fmt: skip
-    if request.report:
-        text = _windows(request, model, request.report_tokens)[:, :-1]
-        record["guarantees"] = print_guarantees(console, model, quantized, recipe, jnp.asarray(text))
+    if report_text is not None:
+        record["guarantees"] = print_guarantees(console, model, quantized, recipe, jnp.asarray(report_text))
     console.print(f"quantized model: {output} ({time.perf_counter() - started:.0f} s)")
     if request.json_file is not None:
         write_json(request.json_file, record)
@@ -187,15 +208,8 @@ def _windows(request: QuantizeRequest, model: Model, tokens: int) -> np.ndarray:
     return unevaluated_text(model, choose_text(request.text), tokens=tokens, seq=request.seq)[0].tokens
 
 
-def _sums(model: Model) -> np.ndarray:
-    """Sums of every expert matrix: other weights behind the same routers would be noticed."""
-    experts = model.params.layers.moe.experts
-    return np.stack([np.asarray(_sum(getattr(experts, name))) for name in EXPERT_MATRICES])
-
-
-@jax.jit
-def _sum(w: jax.Array) -> jax.Array:
-    return jnp.sum(w, axis=(-2, -1), dtype=jnp.float32)
+def _weights(model: Model) -> str:
+    return model_identity(model)["weights_sha256"]
 
 
 def _average_note(how: BitRule, allocation: Allocation) -> str:
@@ -204,7 +218,9 @@ def _average_note(how: BitRule, allocation: Allocation) -> str:
         return f"{float(reached):.6g} bits on average within {how.max_bytes:,} bytes"
     if reached == Fraction(str(how.average)):
         return f"{how.average:g} bits on average, as asked for"
-    return f"{float(reached):.6g} bits on average; {how.average:g} cannot be reached exactly"
+    if how.rule == EXPECTED_LOSS:
+        return f"{float(reached):.6g} bits on average, of at most {how.average!r}"
+    return f"{float(reached):.6g} bits on average: the nearest to {how.average!r} that each layer's experts can reach"
 
 
 def _plain(value: Any) -> Any:

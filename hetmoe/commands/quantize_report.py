@@ -80,7 +80,9 @@ def print_guarantees(
         "their bounds, medians; 'bound' is from weight differences and activations, 'by norms' from weight differences "
         "and the input's norm, 'by steps' from step sizes and that norm. Routing: tokens whose set of experts cannot "
         "change (certified; or if experts' measured errors are taken as known) and does not (observed), when only the "
-        "layer with experts before is quantized, and when all are."
+        "layer with experts before is quantized, and when all are. Experts that are not quantized count as exact. "
+        "Router logits move by 'at most' what the farthest normed states make of them where the residual stream may "
+        "move by more than its own length: then nothing is certain."
     )
     own = rows_of(certify(model.params, quantized.params, tokens, model.config), model.config)
     _print_guarantees(console, f"this model ({recipe.method})", own)
@@ -123,7 +125,7 @@ def _print_guarantees(console: Console, of: str, rows: list[Row]) -> None:
             row["norm_bound"],
         ]
         if stepped:
-            numbers.append(row["a_priori"] * row["norm_bound"])
+            numbers.append(row["step_bound"])
         errors.add_row(*place, *(f"{value:.3g}" for value in numbers))
         shown = [f"{reach}_{kind}" for kind in ("certified", "certified_measured", "observed") for reach in _REACH]
         cells = ["-" if row[kind] is None else f"{row[kind]:.1%}" for kind in shown]

@@ -70,6 +70,8 @@ def check_quantized(
         return
     if isinstance(programmed, SeededWeights):
         raise NotImplementedError("beside quantized experts, programmed weights must be stored: use program()")
+    if isinstance(programmed, ProgrammedWeights) and not isinstance(programmed.layers["gate"].w, MixedMatrix):
+        raise InputError("programmed weights are of a model without quantized experts: program this model's own params")
     if isinstance(plan.experts, Tracer) or isinstance(gate.places.pool, Tracer):
         return
     wrong = np.argwhere(np.asarray(plan.experts) & ~np.asarray(unquantized(gate)[1]))

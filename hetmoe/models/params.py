@@ -1,5 +1,6 @@
 """The parameter tree of a model."""
 
+import dataclasses
 from typing import Any
 
 from flax import struct
@@ -87,3 +88,9 @@ class Params:
     dense_layers: DenseLayer | None
     final_norm: Any  # [hidden]
     lm_head: Any  # [hidden, vocab] or None
+
+
+def with_experts(params: Params, experts: FeedForward) -> Params:
+    """The parameters with other routed experts."""
+    moe = dataclasses.replace(params.layers.moe, experts=experts)
+    return dataclasses.replace(params, layers=dataclasses.replace(params.layers, moe=moe))

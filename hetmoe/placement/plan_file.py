@@ -53,7 +53,7 @@ def _where(is_analog: bool, bits: list[int]) -> str:
     if not any(bits):
         return "digital"
     same = len(set(bits)) == 1
-    return f"digital at {bits[0] if same else ', '.join(map(str, bits))} bits"
+    return f"digital at {bits[0] if same else ', '.join(map(str, bits))} bit{'' if same and bits[0] == 1 else 's'}"
 
 
 def write_plan(
@@ -134,6 +134,8 @@ def _check_where(path: Path, said: Any, found: list[list[str]] | None, model: Mo
             f"plan {path}: is for {model.name!r} with quantized experts, and these are not: load the directory that it "
             "was written beside"
         )
+    if isinstance(said, list) and [len(row) for row in said] != [len(row) for row in found]:
+        raise InputError(f"plan {path}: experts_run_on must name every expert of every layer with experts once")
     for layer, row in enumerate(found):
         theirs = said[layer] if isinstance(said, list) and layer < len(said) and isinstance(said[layer], list) else []
         for expert, where in enumerate(row):

@@ -91,6 +91,10 @@ class BitRule:
                 f"rule 'uniform' gives all experts the same bits, so {self.average:g} must be one of the levels "
                 f"{', '.join(map(str, levels))}"
             )
+        if self.zeta is not None and not 1 <= self.zeta < np.inf:
+            raise InputError(f"zeta={self.zeta!r} must be finite and at least 1, or none")
+        if self.max_bytes is not None and self.max_bytes < 1:
+            raise InputError(f"a budget of {self.max_bytes} bytes must be at least 1")
         if self.rule not in (UNIFORM, EXPECTED_LOSS):
             level_counts(8, self.average or 0, levels, self.alternative)  # refuses what no number of experts can do
 
@@ -196,6 +200,11 @@ def _order(model: Model, how: BitRule, key: jax.Array, windows: Any, initial: Ar
             raise InputError(
                 "rule 'router_change' needs the model before training or fine-tuning (--initial); where it is unknown "
                 "use 'router_norm'"
+            )
+        if np.array_equal(np.asarray(router), np.asarray(initial)):
+            raise InputError(
+                "the initial model has the same routers as the model itself: give one from before training or "
+                "fine-tuning, or use rule 'router_norm'"
             )
         return by_router_change(router, initial)
     if how.rule == "router_norm":

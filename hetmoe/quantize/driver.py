@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 from hetmoe.errors import InputError
 from hetmoe.models.config import ModelConfig, check_tokens
 from hetmoe.models.model import Model
-from hetmoe.models.params import FeedForward, Params
+from hetmoe.models.params import FeedForward, with_experts
 from hetmoe.quantize.budget import EXPERT_MATRICES
 from hetmoe.quantize.grid import BITS
 from hetmoe.quantize.hessian import check_calibration
@@ -105,12 +105,6 @@ def assemble(w: Array, bits: Int[np.ndarray, "layers experts"], name: str, layer
         pool_of[bits == 0] = len(pools)
         pools.append(w[np.nonzero(bits == 0)])
     return make_mixed(pools, pool_of)
-
-
-def with_experts(params: Params, experts: FeedForward) -> Params:
-    """The parameters with other experts."""
-    moe: Any = params.layers.moe
-    return dataclasses.replace(params, layers=dataclasses.replace(params.layers, moe=moe.replace(experts=experts)))
 
 
 def _layer(stack: Any, place: int) -> Any:

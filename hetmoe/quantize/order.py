@@ -6,7 +6,6 @@ where no initial model is known, followed by `promote`.
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -68,18 +67,6 @@ def by_activation_frequency(
         raise InputError(f"more_bits={more_bits!r} must be 'rare' or 'frequent'")
     values = np.asarray(frequency, np.float64)
     return _ascending(values if more_bits == "rare" else -values, "activation frequencies")
-
-
-def given_order(order: Sequence[int] | np.ndarray, experts: int) -> Int[np.ndarray, "experts"]:
-    """A fixed order of one layer.
-
-    Raises:
-        InputError: unless it names every expert from 0 once.
-    """
-    found = np.asarray(order)
-    if found.shape != (experts,) or found.dtype.kind not in "iu" or np.any(np.sort(found) != np.arange(experts)):
-        raise InputError(f"order={found.tolist()!r} must name each of the experts 0 to {experts - 1} once")
-    return found.astype(np.int64)
 
 
 def random_order(key: jax.Array, layers: int, experts: int) -> Int[np.ndarray, "layers experts"]:

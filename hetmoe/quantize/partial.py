@@ -1,5 +1,7 @@
 """Finished layers of a quantization that goes on: an interrupted run takes them up where it stopped."""
 
+import dataclasses
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -7,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -21,6 +24,14 @@ from hetmoe.quantize.recipe import Recipe
 FOLDER, SETTINGS = ".partial", "settings.json"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decided:
+    """Bits of every expert matrix, and what a report says of them."""
+
+    bits: Int[np.ndarray, "layers experts matrices"]
+    notes: tuple[str, ...]
+
+
 class PartialRun:
     """The folder `.partial` of an output directory: the settings of the run, and one file for each finished layer.
 
@@ -29,39 +40,44 @@ class PartialRun:
 
     def __init__(self, output: Path) -> None:
         self.folder = output / FOLDER
+        self._settings = ""  # digest of those of the run; layers of any other are not taken up
 
-    def begin(self, settings: dict[str, Any]) -> dict[str, Any] | None:
-        """Takes up an earlier run with these settings, or begins one.
+    def begin(self, settings: dict[str, Any]) -> Decided | None:
+        """Takes up an earlier run with these settings (JSON).
 
         Returns:
-            what `decide` kept of the earlier run, None if there is nothing.
+            what `decide` kept of it, None if there is no such run (and nothing is written yet).
 
         Raises:
-            InputError: if a run with other settings was begun there, or the folder cannot be made or read.
+            InputError: if a run with other settings was begun there, or the folder cannot be read.
         """
+        self._settings = _digest(settings)
         path = self.folder / SETTINGS
         if not path.exists():
-            make_directory(self.folder)
-            write_text(path, json.dumps({"settings": settings}, indent=2) + "\n")
             return None
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            earlier, decided = found["settings"], found.get("decided")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            earlier = dict(found["settings"])
+            bits, notes = np.array(found["bits"], np.int64), tuple(map(str, found["notes"]))
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise InputError(f"{path}: cannot be read ({error}); remove {self.folder} to begin anew") from None
-        changed = [name for name in settings.keys() | earlier.keys() if settings.get(name) != earlier.get(name)]
+        if bits.ndim != 3:
+            raise InputError(f"{path}: bits have the shape {list(bits.shape)}; remove {self.folder} to begin anew")
+        changed = sorted(name for name in settings.keys() | earlier.keys() if settings.get(name) != earlier.get(name))
         if changed:
-            name = min(changed)
+            listed = ", ".join(f"{name} {earlier.get(name)!r} there, {settings.get(name)!r} now" for name in changed)
             raise InputError(
-                f"{self.folder}: holds layers of a run that was stopped, with other settings ({name}: "
-                f"{earlier.get(name)!r} there, {settings.get(name)!r} now): repeat that command to go on, or remove "
-                "the folder"
+                f"{self.folder}: is of a run with other settings that was stopped ({listed}): repeat that command to "
+                "go on, or remove the folder"
             )
-        return decided
+        return Decided(bits=bits, notes=notes)
 
-    def decide(self, settings: dict[str, Any], decided: dict[str, Any]) -> None:
-        """Keeps what was decided before the first layer, so that it need not be worked out again."""
-        write_text(self.folder / SETTINGS, json.dumps({"settings": settings, "decided": decided}) + "\n")
+    def decide(self, settings: dict[str, Any], decided: Decided) -> None:
+        """Begins a run: keeps its settings, and what was decided before the first layer."""
+        self._settings = _digest(settings)
+        make_directory(self.folder)
+        content = {"settings": settings, "bits": decided.bits.tolist(), "notes": list(decided.notes)}
+        write_text(self.folder / SETTINGS, json.dumps(content) + "\n")
 
     def save(self, layer: int, result: LayerQuantized) -> None:
         """Keeps a finished layer."""
@@ -69,12 +85,13 @@ class PartialRun:
         for (matrix, bits), pool in result.pools.items():
             names = tensor_names(f"{matrix}.{bits}", pool.grid)
             tensors |= dict(zip(names, map(np.asarray, jax.tree.leaves(pool)), strict=True))
-        write_bytes(self._path(layer), save(tensors, metadata={"facts": json.dumps(result.facts)}))
+        metadata = {"facts": json.dumps(result.facts), "settings": self._settings}
+        write_bytes(self._path(layer), save(tensors, metadata=metadata))
 
     def load(
         self, layer: int, shapes: dict[str, tuple[int, int]], bits: dict[str, dict[int, int]], recipe: Recipe
     ) -> LayerQuantized | None:
-        """A layer that is finished, None if it is not.
+        """A layer that is finished, None if it is not, or is of a run with other settings.
 
         Args:
             layer: its number among those with experts.
@@ -91,11 +108,14 @@ class PartialRun:
         pools: Pools = {}
         try:
             with safe_open(path, "numpy") as file:
+                metadata = file.metadata() or {}
+                if metadata["settings"] != self._settings:
+                    return None
                 for matrix, counts in bits.items():
                     for level, count in counts.items():
                         wanted = abstract_packed(count, *shapes[matrix], recipe.grid(level))
                         pools[matrix, level] = _read(file, f"{matrix}.{level}", wanted)
-                facts = json.loads((file.metadata() or {})["facts"])
+                facts = json.loads(metadata["facts"])
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise InputError(f"{path}: damaged ({error}); remove it, and this layer is quantized again") from None
         return LayerQuantized(pools=pools, facts=facts)
@@ -116,3 +136,7 @@ def _read(file: Any, name: str, wanted: Packed) -> Packed:
             raise ValueError(f"{key} is {array.dtype}{list(array.shape)}, not {leaf.dtype}{list(leaf.shape)}")
         leaves.append(jax.device_put(array))
     return jax.tree.unflatten(jax.tree.structure(wanted), leaves)
+
+
+def _digest(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

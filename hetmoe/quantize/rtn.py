@@ -13,8 +13,8 @@ def round_to_nearest(w: Float[Array, "*lead K N"], grid: Grid, *, name: str = "w
     """Every weight as the nearest level of its group, whose step is the smallest that covers it (`smallest_step`).
 
     No weight moves by more than half of its group's step, up to rounding in float32 (at most `2**(bits - 22)` of a
-    step, and weights below float32's normal numbers, 1.2e-38, may count as 0); weights of 0 in asymmetric grids, and
-    groups in which all are 0, stay exactly 0.
+    step, and weights below `2**bits` of float32's smallest normal number, 1.2e-38, may count as 0); weights of 0 in
+    asymmetric grids, and groups in which all are 0, stay exactly 0.
 
     Args:
         w: weights, any float dtype.

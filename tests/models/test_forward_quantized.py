@@ -158,8 +158,15 @@ def test_what_does_not_exist_is_refused() -> None:
         lambda m: random_mixed(0, np.zeros_like(POOL), *m.shape[2:])[0], quantized.layers.moe.experts, is_leaf=is_mixed
     )
     packed = quantized.replace(layers=quantized.layers.replace(moe=quantized.layers.moe.replace(experts=everything)))
-    with pytest.raises(InputError, match="all experts' gate matrices are quantized"):
-        _program(KEY, packed, SPEC, dense=False)
+    # With every expert quantized there is nothing to put on crossbars but dense modules.
+    digital = Plan(experts=jnp.zeros(POOL.shape, bool), lm_head=jnp.asarray(True), attention=jnp.ones((2,), bool))
+    chip = _program(KEY, packed, SPEC, dense=True)
+    found = _forward(packed, tokens(), CONFIG, plan=digital, spec=SPEC, programmed=chip)
+    assert np.isfinite(found).all() and np.abs(found - _forward(packed, tokens(), CONFIG)).max() > 0.01
+    with pytest.raises(InputError, match="are of a model without quantized experts"):
+        _forward(
+            quantized, tokens(), CONFIG, plan=plan, spec=SPEC, programmed=_program(KEY, models()[1], SPEC, dense=False)
+        )
     assert np.isfinite(_forward(packed, tokens(), CONFIG)).all()
 
 

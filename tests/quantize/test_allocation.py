@@ -10,9 +10,13 @@ import pytest
 
 from hetmoe.errors import InputError
 from hetmoe.models.model import Model
+from hetmoe.models.params import with_experts
 from hetmoe.quantize.allocation import Allocation, BitRule, allocate
-from hetmoe.quantize.driver import with_experts
+from hetmoe.quantize.budget import bits_within
+from hetmoe.quantize.expected_loss import expected_increase
+from hetmoe.quantize.hqq import half_quadratic
 from hetmoe.quantize.recipe import Recipe
+from hetmoe.quantize.rtn import round_to_nearest
 from tests.quantize.tiny_quantized import CONFIG, plain, quantized, windows
 
 RTN = Recipe(method="rtn", group=32)
@@ -139,6 +143,22 @@ def test_expected_loss_keeps_to_its_budget() -> None:
     few = rule("expected_loss", None, (1, 3, 4), max_bytes=48 * 1152 - 1)
     with pytest.raises(InputError, match="too small"):
         allocate(plain(), few, RTN, key=KEY, windows=text)
+
+
+@pytest.mark.parametrize("method", ["rtn", "hqq", "gptq"])
+def test_expected_loss_is_the_curvature_of_the_quantisers_changes(method: Any) -> None:
+    """Against the increases themselves, of RTN's changes for `rtn` and HQQ's for the others, digital experts only."""
+    text, levels, recipe = windows(3, 12), (1, 3), Recipe(method=method, group=32)
+    digital = np.random.default_rng(0).random((2, 8)) < 0.6
+    change = round_to_nearest if method == "rtn" else half_quadratic
+    experts = plain().params.layers.moe.experts
+    codes = {n: [change(getattr(experts, n), recipe.grid(b)) for b in levels] for n in ("gate", "up", "down")}
+    curvature = expected_increase(plain(), jnp.asarray(text), codes, key=KEY).curvature
+    count = int(digital.sum())
+    wanted = bits_within(curvature, np.array([[1, 3]] * 3), levels, 6 * count, digital=digital)
+    found = allocate(plain(), rule("expected_loss", 2, levels), recipe, key=KEY, windows=text, digital=digital)
+    np.testing.assert_array_equal(found.bits, wanted.bits)
+    assert not found.bits[~digital].any() and f"{wanted.increase:.4g} nats" in found.notes[0]
 
 
 @pytest.mark.parametrize(

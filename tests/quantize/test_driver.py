@@ -11,17 +11,17 @@ import pytest
 
 from hetmoe.errors import InputError
 from hetmoe.models.model import Model
-from hetmoe.models.params import FeedForward
+from hetmoe.models.params import FeedForward, with_experts
 from hetmoe.models.transformer import hidden_states
 from hetmoe.quantize import driver
-from hetmoe.quantize.driver import quantize_experts, with_experts
+from hetmoe.quantize.driver import quantize_experts
 from hetmoe.quantize.gptq import gptq
 from hetmoe.quantize.hessian import Hessians
 from hetmoe.quantize.hqq import half_quadratic
 from hetmoe.quantize.layer import quantize_layer
 from hetmoe.quantize.mixed import dense
 from hetmoe.quantize.packed import dequantize_packed
-from hetmoe.quantize.partial import PartialRun
+from hetmoe.quantize.partial import Decided, PartialRun
 from hetmoe.quantize.recipe import Recipe
 from hetmoe.quantize.rtn import round_to_nearest
 from tests.quantize.grids import values_of
@@ -146,7 +146,8 @@ class Stop(BaseException):
 def test_a_stopped_run_goes_on_with_the_same_result(tmp_path: pathlib.Path) -> None:
     whole, whole_facts = quantize_experts(plain(), at_two_bits(), GPTQ, windows=windows())
     partial = PartialRun(tmp_path)
-    assert partial.begin({"rule": "x"}) is None
+    decided = Decided(bits=bits(), notes=())
+    partial.decide({"rule": "x"}, decided)
 
     def stop(_: int) -> None:
         raise Stop
@@ -157,7 +158,7 @@ def test_a_stopped_run_goes_on_with_the_same_result(tmp_path: pathlib.Path) -> N
     kept = first.read_bytes()
     done: list[int] = []
     again = PartialRun(tmp_path)
-    assert again.begin({"rule": "x"}) is None
+    assert again.begin({"rule": "x"}) is not None
     found, facts = quantize_experts(
         plain(), at_two_bits(), GPTQ, windows=windows(), partial=again, progress=done.append
     )
@@ -169,7 +170,7 @@ def test_a_stopped_run_goes_on_with_the_same_result(tmp_path: pathlib.Path) -> N
 
 def test_finished_layers_are_not_done_again(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     partial = PartialRun(tmp_path)
-    partial.begin({})
+    partial.decide({}, Decided(bits=bits(), notes=()))
     quantize_experts(plain(), bits(), RECIPE, partial=partial)
 
     def fail(*_: Any, **__: Any) -> None:
@@ -181,10 +182,12 @@ def test_finished_layers_are_not_done_again(tmp_path: pathlib.Path, monkeypatch:
 
 def test_runs_with_other_settings_or_damage_are_refused(tmp_path: pathlib.Path) -> None:
     partial = PartialRun(tmp_path)
-    partial.begin({"rule": "a", "seed": 0})
-    partial.decide({"rule": "a", "seed": 0}, {"bits": [[1]]})
-    assert PartialRun(tmp_path).begin({"rule": "a", "seed": 0}) == {"bits": [[1]]}
-    with pytest.raises(InputError, match=r"other settings \(rule: 'a' there, 'b' now\).*or remove the folder"):
+    assert partial.begin({"rule": "a", "seed": 0}) is None and not partial.folder.exists()
+    partial.decide({"rule": "a", "seed": 0}, Decided(bits=bits(), notes=("of hand",)))
+    found = PartialRun(tmp_path).begin({"rule": "a", "seed": 0})
+    assert found is not None and found.notes == ("of hand",)
+    np.testing.assert_array_equal(found.bits, bits())
+    with pytest.raises(InputError, match=r"stopped \(rule 'a' there, 'b' now\).*or remove the folder"):
         PartialRun(tmp_path).begin({"rule": "b", "seed": 0})
     quantize_experts(plain(), bits(), RECIPE, partial=partial)
     first = partial.folder / "layer-00000.safetensors"
@@ -196,9 +199,10 @@ def test_runs_with_other_settings_or_damage_are_refused(tmp_path: pathlib.Path) 
     other[1, 5] = 3  # what layer 1 holds does not fit
     with pytest.raises(InputError, match=r"layer-00001\.safetensors: damaged"):
         quantize_experts(plain(), other, RECIPE, partial=partial)
-    (partial.folder / "settings.json").write_text("{")
-    with pytest.raises(InputError, match=r"settings\.json: cannot be read .*to begin anew"):
-        partial.begin({})
+    for content in ("{", "[]", '{"settings": []}', '{"settings": {}, "bits": 5, "notes": []}', '{"settings": {}}'):
+        (partial.folder / "settings.json").write_text(content)
+        with pytest.raises(InputError, match=r"settings\.json: .*to begin anew"):
+            partial.begin({})
 
 
 def test_bad_input_is_refused() -> None:

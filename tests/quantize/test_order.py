@@ -12,7 +12,6 @@ from hetmoe.quantize.order import (
     by_activation_frequency,
     by_router_change,
     by_router_norm,
-    given_order,
     max_variance,
     promote,
     random_order,
@@ -148,9 +147,6 @@ def test_bad_input_is_refused() -> None:
         (lambda: by_router_change(router(1, 2), router(1, 2, 3)), r"shape \[2, 3\], the final one \[2, 2\]"),
         (lambda: by_activation_frequency(fine, more_bits="most"), "more_bits='most'"),
         (lambda: by_activation_frequency(jnp.array([0.0, np.nan])), "not finite"),
-        (lambda: given_order([0, 0], 2), "each of the experts 0 to 1 once"),
-        (lambda: given_order([0, 1], 3), "0 to 2"),
-        (lambda: given_order([0.0, 1.0], 2), "0 to 1"),
         (lambda: max_variance(jnp.ones((1, 2, 2)), "largest"), "how='largest'"),
         (lambda: promote(order, jnp.array([1.0, np.nan])), "finite and at least 0"),
         (lambda: promote(order, jnp.array([1.0, -1.0])), "finite and at least 0"),
@@ -160,4 +156,3 @@ def test_bad_input_is_refused() -> None:
     ):
         with pytest.raises(InputError, match=message):
             call()
-    np.testing.assert_array_equal(given_order([2, 0, 1], 3), [2, 0, 1])

@@ -12,7 +12,7 @@ from hetmoe.quantize.grid import Grid
 from hetmoe.quantize.mixed import MixedMatrix
 from hetmoe.quantize.packed import Packed, dequantize_packed, take_packed
 
-TINIEST = 2.0**-126  # float32's smallest normal number: weights below it may count as 0
+TINIEST = 2.0**-126  # float32's smallest normal number: steps below it may count as 0
 
 
 def a_priori_change(gate: Packed, up: Packed, down: Packed) -> Change:
@@ -70,7 +70,8 @@ def _packed_of(stack: MixedMatrix, layer: int, expert: int) -> Packed:
 def half_steps(packed: Packed) -> np.ndarray:
     """By how much round-to-nearest may have moved each weight: half a step and float32's rounding, float64 `[K, N]`."""
     steps = np.repeat(np.asarray(packed.scale, np.float64), packed.grid.group, axis=-2)
-    return steps * (0.5 + slack(packed.grid)) + TINIEST
+    # Where weights are so small that their step is below float32's normal numbers, it is 0, and so are they.
+    return steps * (0.5 + slack(packed.grid)) + 2.0**packed.grid.bits * TINIEST
 
 
 def slack(grid: Grid) -> float:

@@ -40,6 +40,8 @@ class LayerCertificate:
     """Bounds and measurements of one layer with experts on the tokens of a text.
 
     Attributes:
+        chosen: the experts of each token in the unquantized model.
+        altered: whether their weights differ at all in the quantized model.
         expert_error: measured `|f'(x) - f(x)|` of each token's experts at the unquantized model's inputs.
         expert_bound: its bound from weight differences and the unquantized expert's activations.
         expert_norm_bound: its bound from weight differences and |x| alone.
@@ -49,6 +51,8 @@ class LayerCertificate:
         whole_model: the router's reading when all experts are quantized; none of them is before the first router.
     """
 
+    chosen: Int[Array, "tokens copies"]
+    altered: Bool[Array, "tokens copies"]
     expert_error: Float64[Array, "tokens copies"]
     expert_bound: Float64[Array, "tokens copies"]
     expert_norm_bound: Float64[Array, "tokens copies"]

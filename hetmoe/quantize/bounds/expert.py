@@ -31,6 +31,11 @@ class Expert:
     up: Float64[Array, "hidden inner"]
     down: Float64[Array, "inner hidden"]
 
+    @property
+    def matrices(self) -> tuple[Array, Array, Array]:
+        """All three."""
+        return self.gate, self.up, self.down
+
     def minus(self, other: "Expert") -> "Expert":
         """Differences of all weights."""
         return Expert(self.gate - other.gate, self.up - other.up, self.down - other.down)

@@ -3,7 +3,7 @@
 import dataclasses
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 
 from hetmoe.models.config import ModelConfig
 from hetmoe.models.params import FeedForward
@@ -25,6 +25,7 @@ class ExpertsPass:
     error: Float64[Array, "tokens copies"]  # measured change of the outputs at clean inputs
     bound: Float64[Array, "tokens copies"]  # of that, from activations
     norm_bound: Float64[Array, "tokens copies"]
+    altered: Bool[Array, "tokens copies"]  # whether the expert's weights differ at all
     moved: dict[str, Array]  # by start, `[tokens, copies]`: bounds at inputs within the radius
     largest: Float64[Array, "experts"]  # bounds |f'(x)| / |x|^2
 
@@ -56,6 +57,7 @@ def run_experts(
     size = np.linalg.norm(x, axis=1)
     out, out_quantized, out_run = np.zeros_like(x), np.zeros_like(x), np.zeros_like(x)
     copies = {name: np.zeros(routed.chosen.shape) for name in ("size", "error", "bound", "norm_bound")}
+    altered = np.zeros(routed.chosen.shape, bool)
     moved = {start: np.zeros(routed.chosen.shape) for start in radii}
     largest = np.zeros(config.num_experts)
     for expert in range(config.num_experts):
@@ -67,6 +69,7 @@ def run_experts(
         if not rows.size:
             largest[expert] = norms(new).output
             continue
+        altered[where] = any(np.any(before != after) for before, after in zip(old.matrices, new.matrices, strict=True))
         change = change_of(old, new)
         largest[expert] = change.changed.output
         before, after = activations(x[rows], old), activations(x[rows], new)
@@ -85,5 +88,5 @@ def run_experts(
                 moved[start][where] = activation_bound(change, before, size[rows], radius[rows])
     return ExpertsPass(
         out=out, out_quantized=out_quantized, out_run=out_run, size=copies["size"], error=copies["error"],
-        bound=copies["bound"], norm_bound=copies["norm_bound"], moved=moved, largest=largest,
+        bound=copies["bound"], norm_bound=copies["norm_bound"], altered=altered, moved=moved, largest=largest,
     )  # fmt: skip

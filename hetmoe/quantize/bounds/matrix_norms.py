@@ -37,9 +37,12 @@ def stacked_spectral_norms(w: Float64[Array, "count K N"]) -> Float64[Array, "co
 
     The Schatten norm of order 8, `(sum s_i^8)^(1/8) = |(w^T w)^2|_F^(1/4)`: at most `min(K, N)^(1/8)` too large.
     """
+    # Relative to the largest entry: 8th powers of tiny ones would be 0.
+    unit = np.max(np.abs(w), axis=(1, 2))
+    w = w / np.where(unit > 0, unit, 1)[:, None, None]
     gram = w @ np.swapaxes(w, 1, 2) if w.shape[1] <= w.shape[2] else np.swapaxes(w, 1, 2) @ w
     # Entries of the products are off by at most a few n u of the product of two Frobenius norms.
     squared = np.sum(np.square(w), axis=(1, 2))
     lost = 8 * max(w.shape[1:]) * gram.shape[1] * UNIT
     fourth = np.sqrt(np.sum(np.square(gram @ gram), axis=(1, 2))) + lost * np.square(squared)
-    return np.sqrt(np.minimum(np.sqrt(fourth), squared)) * MARGIN
+    return np.sqrt(np.minimum(np.sqrt(fourth), squared)) * unit * MARGIN

@@ -124,6 +124,7 @@ def after_experts(
     one = _own_change(router.routed, done)
     still = np.zeros(shape[:2])
     certificate = LayerCertificate(
+        chosen=router.routed.chosen, altered=done.altered,
         expert_error=done.error, expert_bound=done.bound, expert_norm_bound=done.norm_bound,
         output_error=np.linalg.norm(done.out_quantized - done.out, axis=1), output_bound=one["bound"],
         one_layer=readings["one_layer"][0] if "one_layer" in readings else None, whole_model=whole,

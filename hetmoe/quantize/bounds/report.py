@@ -1,19 +1,18 @@
 """Rows of a report about certificates."""
 
-import dataclasses
 from typing import Any
 
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from hetmoe.errors import InputError
 from hetmoe.models.config import ModelConfig
-from hetmoe.models.params import Params
+from hetmoe.models.params import FeedForward, Params, with_experts
 from hetmoe.quantize.bounds.a_priori import a_priori_ratios
 from hetmoe.quantize.bounds.certificate import Certificate, LayerCertificate, Reading
 from hetmoe.quantize.bounds.certify import certify
+from hetmoe.quantize.budget import EXPERT_MATRICES
 from hetmoe.quantize.grid import Grid
-from hetmoe.quantize.mixed import MixedMatrix, is_mixed, make_mixed
+from hetmoe.quantize.mixed import MixedMatrix, make_mixed, refuse_quantized
 from hetmoe.quantize.packed import pack
 from hetmoe.quantize.rtn import round_to_nearest
 
@@ -30,19 +29,19 @@ def rounded_rows(params: Params, tokens: Int[Array, "batch seq"], config: ModelC
         grid: to round to.
 
     Returns:
-        As `rows_of`, with "bits", and "a_priori": the bound of an expert's error that step sizes alone give, relative
-        to "norm_bound", for the layer's median expert.
+        As `rows_of`, with "bits", and "step_bound": that of an expert's error from step sizes and the input's norm.
 
     Raises:
         InputError: as `certify`; if the experts are quantized already; if the group does not divide the rows.
     """
     quantized = rounded_experts(params, grid)
-    rows = rows_of(certify(params, quantized, tokens, config), config)
+    certificate = certify(params, quantized, tokens, config)
     clean, packed = params.layers.moe.experts, quantized.layers.moe.experts
-    return [
-        {"bits": grid.bits, **row, "a_priori": float(np.median(a_priori_ratios(clean, packed, layer)))}
-        for layer, row in enumerate(rows)
-    ]
+    rows = list[Row]()
+    for index, (layer, row) in enumerate(zip(certificate.layers, rows_of(certificate, config), strict=True)):
+        bound = layer.expert_norm_bound * a_priori_ratios(clean, packed, index)[layer.chosen]
+        rows.append({"bits": grid.bits, **row, "step_bound": float(np.median(bound))})
+    return rows
 
 
 def rounded_experts(params: Params, grid: Grid) -> Params:
@@ -51,13 +50,9 @@ def rounded_experts(params: Params, grid: Grid) -> Params:
     Raises:
         InputError: if experts are quantized already, or cannot be (`round_to_nearest`).
     """
-    moe = params.layers.moe
-    leaves = {name: getattr(moe.experts, name) for name in ("gate", "up", "down")}
-    if any(is_mixed(leaf) for leaf in leaves.values()):
-        raise InputError("the experts are quantized already: give the unquantized model")
-    experts = {name: _rounded(leaf, grid, name) for name, leaf in leaves.items()}
-    moe = dataclasses.replace(moe, experts=dataclasses.replace(moe.experts, **experts))
-    return dataclasses.replace(params, layers=dataclasses.replace(params.layers, moe=moe))
+    refuse_quantized(params, "hetmoe cannot quantize again")
+    experts = {name: _rounded(getattr(params.layers.moe.experts, name), grid, name) for name in EXPERT_MATRICES}
+    return with_experts(params, FeedForward(**experts))
 
 
 def _rounded(stack: Float[Array, "layers experts K N"], grid: Grid, name: str) -> MixedMatrix:
@@ -68,7 +63,8 @@ def _rounded(stack: Float[Array, "layers experts K N"], grid: Grid, name: str) -
 def rows_of(certificate: Certificate, config: ModelConfig) -> list[Row]:
     """One row for each layer with experts.
 
-    Norms are medians, fractions are of tokens, and a tightness is measured / bound (at most 1):
+    Norms are medians (of experts: over those whose weights differ; 0 where none does), fractions are of tokens, and a
+    tightness is measured / bound (at most 1):
 
     - "layer": its number in the model;
     - "expert_error", "expert_bound", "tightness", "largest_tightness": of single experts' outputs on the unquantized
@@ -86,16 +82,17 @@ def rows_of(certificate: Certificate, config: ModelConfig) -> list[Row]:
 
 
 def _row(layer: LayerCertificate) -> Row:
-    by_bound = _tightness(layer.expert_error, layer.expert_bound)
-    by_norm = _tightness(layer.expert_error, layer.expert_norm_bound)
+    some = layer.altered if layer.altered.any() else np.ones_like(layer.altered)
+    error, bound, by_norm = (v[some] for v in (layer.expert_error, layer.expert_bound, layer.expert_norm_bound))
+    tight, tight_by_norm = _tightness(error, bound), _tightness(error, by_norm)
     return {
-        "expert_error": float(np.median(layer.expert_error)),
-        "expert_bound": float(np.median(layer.expert_bound)),
-        "tightness": float(np.median(by_bound)),
-        "largest_tightness": float(np.max(by_bound)),
-        "norm_bound": float(np.median(layer.expert_norm_bound)),
-        "norm_tightness": float(np.median(by_norm)),
-        "largest_norm_tightness": float(np.max(by_norm)),
+        "expert_error": float(np.median(error)),
+        "expert_bound": float(np.median(bound)),
+        "tightness": float(np.median(tight)),
+        "largest_tightness": float(np.max(tight)),
+        "norm_bound": float(np.median(by_norm)),
+        "norm_tightness": float(np.median(tight_by_norm)),
+        "largest_norm_tightness": float(np.max(tight_by_norm)),
         "output_error": float(np.median(layer.output_error)),
         "output_bound": float(np.median(layer.output_bound)),
         **_of_reading("one_layer", layer.one_layer),

@@ -112,6 +112,16 @@ def test_no_rounded_expert_is_beyond_what_its_steps_allow(seed, kind, grid, expo
     assert error_constant(actual) <= error_constant(prior) * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("size", [1e-36, 2e-38, 1e-39])
+@pytest.mark.parametrize(("bits", "symmetric"), [(8, True), (4, False), (2, True)])
+def test_steps_too_small_for_float32_are_covered(size, bits, symmetric):
+    """Such steps count as 0, and with them weights of up to 2**bits of them."""
+    w = jnp.full((32, 3), size, jnp.float32)
+    packed = pack(round_to_nearest(w, Grid(bits=bits, group=32, symmetric=symmetric)))
+    moved = np.abs(np.asarray(dequantize_packed(packed), np.float64) - np.asarray(w, np.float64))
+    assert (moved <= half_steps(packed)).all()
+
+
 def test_a_priori_bounds_need_one_packed_expert():
     stack = pack(round_to_nearest(jnp.ones((2, 32, 3)), GRIDS[0]))
     with pytest.raises(InputError, match="gate must be the packed matrix of one expert"):

@@ -9,12 +9,14 @@ import pytest
 
 from hetmoe import load_model
 from hetmoe.errors import InputError
+from hetmoe.models.params import FeedForward, with_experts
 from hetmoe.models.transformer import hidden_states
 from hetmoe.quantize.bounds.a_priori import a_priori_change
 from hetmoe.quantize.bounds.certify import certify
 from hetmoe.quantize.bounds.expert import Expert, change_of, error_constant
 from hetmoe.quantize.bounds.report import rounded_experts, rounded_rows, rows_of
 from hetmoe.quantize.grid import Grid
+from hetmoe.quantize.mixed import dense
 from hetmoe.quantize.packed import dequantize_packed, take_packed
 from tests.models.tiny import random_params, random_tokens, tiny_config
 
@@ -62,10 +64,12 @@ def test_rows_are_those_of_each_width_and_layer():
     check_rows(rows[2:])
     quantized = rounded_experts(params, grids[1])
     certificate = certify(params, quantized, tokens, TINY)
-    assert rows[3]["a_priori"] == pytest.approx(np.median(a_priori_over_actual(params, quantized, 1)), rel=1e-12)
-    assert all(row["a_priori"] > 1 for row in rows)  # no difference is beyond half a step
+    layer = certificate.layers[1]
+    by_steps = layer.expert_norm_bound * np.array(a_priori_over_actual(params, quantized, 1))[layer.chosen]
+    assert rows[3]["step_bound"] == pytest.approx(np.median(by_steps), rel=1e-12)
+    assert all(row["step_bound"] > row["norm_bound"] for row in rows)  # no difference is beyond half a step
     assert rows[2:] == [
-        {"bits": 2, **row, "a_priori": rows[2 + n]["a_priori"]} for n, row in enumerate(rows_of(certificate, TINY))
+        {"bits": 2, **row, "step_bound": rows[2 + n]["step_bound"]} for n, row in enumerate(rows_of(certificate, TINY))
     ]
     layer, row = certificate.layers[1], rows[3]
     assert row["tightness"] == np.median(layer.expert_error / layer.expert_bound)
@@ -88,7 +92,7 @@ def test_experts_that_nothing_changes_have_a_tightness_of_1():
 def test_what_is_quantized_is_not_quantized_again():
     params, tokens = random_params(TINY, 0), random_tokens(TINY, 1, (1, 2))
     quantized = rounded_experts(params, Grid(bits=8, group=32, symmetric=True))
-    with pytest.raises(InputError, match="quantized already: give the unquantized model"):
+    with pytest.raises(InputError, match="cannot quantize again a model with quantized experts"):
         rounded_rows(quantized, tokens, TINY, Grid(bits=2, group=32, symmetric=False))
     with pytest.raises(InputError, match="gate: group=64 does not divide the 32 rows"):
         rounded_rows(params, tokens, TINY, Grid(bits=4, group=64, symmetric=True))
@@ -110,3 +114,22 @@ def test_the_reference_model(bits, certain):
     # From measured errors 8 bits are certain for some tokens; 2 bits are for none, and change many.
     measured = np.mean([layer.one_layer.certified_measured for layer in certificate.layers[1:]])
     assert (measured > 0.05) == certain and (np.mean(changes[1:]) < 0.05) == certain
+
+
+def test_experts_that_stay_as_they_are_are_left_out_of_the_rows():
+    """Three of four experts exact: the medians are those of the fourth."""
+    params, tokens = random_params(TINY, 0), random_tokens(TINY, 1, (2, 6))
+    rounded = rounded_experts(params, Grid(bits=3, group=32, symmetric=True))
+    kept = np.arange(TINY.num_experts) % 4 != 0
+    mixed = {
+        name: jnp.where(kept[None, :, None, None], getattr(params.layers.moe.experts, name),
+                        dense(getattr(rounded.layers.moe.experts, name), jnp.float32))
+        for name in ("gate", "up", "down")
+    }  # fmt: skip
+    certificate = certify(params, with_experts(params, FeedForward(**mixed)), tokens, TINY)
+    for layer, row in zip(certificate.layers, rows_of(certificate, TINY), strict=True):
+        altered = ~kept[layer.chosen]
+        assert altered.any() and not altered.all()
+        np.testing.assert_array_equal(layer.altered, altered)
+        assert row["expert_error"] == np.median(layer.expert_error[altered]) > 0
+        assert row["tightness"] == np.median((layer.expert_error / layer.expert_bound)[altered])
