@@ -25,7 +25,7 @@ from hetmoe.models.model import Model, model_fingerprint
 from hetmoe.placement.plan import all_digital
 from hetmoe.placement.plan_file import load_plan, save_plan
 from hetmoe.quantize.allocation import EXPECTED_LOSS, UNIFORM, Allocation, BitRule, allocate
-from hetmoe.quantize.driver import quantize_experts
+from hetmoe.quantize.driver import check_groups, quantize_experts
 from hetmoe.quantize.grid import BITS
 from hetmoe.quantize.mixed import refuse_quantized
 from hetmoe.quantize.partial import FOLDER, Decided, PartialRun
@@ -143,6 +143,7 @@ def run(request: QuantizeRequest) -> None:
     refuse_quantized(model.params, "hetmoe cannot quantize again")
     if (request.reads_text or request.report) and request.seq > model.config.max_position_embeddings:
         raise InputError(f"--seq {request.seq} exceeds the model's context of {model.config.max_position_embeddings}")
+    check_groups(model.config, recipe, how.levels)
     plan = all_digital(model.config) if request.plan is None else load_plan(request.plan, model)
     initial = None if request.initial is None else load_model(request.initial, request.dtype)
     windows = _windows(request, model, request.tokens) if request.reads_text else None

@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -59,7 +59,7 @@ def quantize_experts(
     """
     refuse_quantized(model.params, "hetmoe cannot quantize again")
     config, experts = model.config, model.params.layers.moe.experts
-    _check(config, bits, recipe, experts)
+    _check(config, bits, recipe)
     activations = None
     if recipe.method == "gptq":
         activations = Activations(model.params.embed, _calibration(windows, config), config, CALIBRATION_BATCH)
@@ -120,7 +120,7 @@ def _counts(bits: Int[np.ndarray, "experts matrices"]) -> dict[str, dict[int, in
     return {name: {level: n for level, n in counter.items() if level} for name, counter in counters.items()}
 
 
-def _check(config: ModelConfig, bits: Bits, recipe: Recipe, experts: FeedForward) -> None:
+def _check(config: ModelConfig, bits: Bits, recipe: Recipe) -> None:
     wanted = (len(config.moe_layers), config.num_experts, len(EXPERT_MATRICES))
     if bits.shape != wanted:
         raise InputError(f"bits has the shape {list(bits.shape)}; this model needs {list(wanted)}")
@@ -129,8 +129,13 @@ def _check(config: ModelConfig, bits: Bits, recipe: Recipe, experts: FeedForward
         raise InputError(f"bits={unknown[0]} does not exist: use {', '.join(map(str, BITS))}, or 0 for none")
     if levels == {0}:
         raise InputError("no expert gets any bits: nothing is to be quantized")
-    for name, (rows, _) in _shapes(experts).items():
-        for level in sorted(levels - {0}):
+    check_groups(config, recipe, sorted(levels - {0}))
+
+
+def check_groups(config: ModelConfig, recipe: Recipe, levels: Sequence[int]) -> None:
+    """Raises InputError unless the groups of all levels divide the rows of the experts' matrices."""
+    for name, rows in (("gate and up", config.hidden_size), ("down", config.expert_intermediate_size)):
+        for level in levels:
             try:
                 recipe.grid(level).groups_of(rows)
             except InputError as error:
