@@ -449,7 +449,7 @@ def tasks(
     dtype: RUN_DTYPE = "float32",
     json_file: JSON_FILE = None,
 ) -> None:
-    """Accuracy on multiple-choice tasks by lm-eval (pip install 'hetmoe[eval]'), digital and over noise seeds."""
+    """Accuracy on multiple-choice tasks by lm-eval (extra: eval), digital and over noise seeds."""
     from hetmoe.commands.tasks import TasksRequest, run
     from hetmoe.evaluate.tasks.names import PAPER_TASKS
 
