@@ -112,6 +112,7 @@ def test_the_report_prints_what_is_certain(run: Run, tmp_path: Path) -> None:
     assert code == 0, err
     found = json.loads((tmp_path / "q.json").read_text())["guarantees"]
     assert found["tokens"] == 16 and found["violations"] == 0
+    assert sum(row["tokens"] for row in found["experts"]) == 16 * 2 * 2  # layers, experts per token
     assert [(row["bits"], row["layer"]) for row in found["rounded"]] == [(b, x) for b in (8, 4, 3, 2) for x in (0, 2)]
     for row in found["this_model"] + found["rounded"]:
         assert row["expert_error"] < row["expert_bound"] and row["largest_tightness"] <= 1

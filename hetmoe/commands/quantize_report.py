@@ -12,7 +12,7 @@ from rich.table import Table
 from hetmoe.models.model import Model
 from hetmoe.quantize.allocation import used_levels
 from hetmoe.quantize.bounds.certify import certify
-from hetmoe.quantize.bounds.report import Row, rounded_rows, rows_of
+from hetmoe.quantize.bounds.report import Row, expert_rows, rounded_rows, rows_of
 from hetmoe.quantize.budget import EXPERT_MATRICES
 from hetmoe.quantize.recipe import Recipe
 from hetmoe.quantize.sizes import Sizes
@@ -73,7 +73,7 @@ def print_guarantees(
     """Bounds and certified routing of this quantization, and of all experts rounded to 8, 4, 3 and 2 bits.
 
     Returns:
-        the rows of both (`hetmoe.quantize.bounds.report`).
+        the rows of both, and of every expert of this quantization (`hetmoe.quantize.bounds.report`).
     """
     console.print(
         f"What is certain, on {tokens.size:,} tokens, in exact arithmetic. Expert errors: norms of changed outputs and "
@@ -84,7 +84,8 @@ def print_guarantees(
         "Router logits move by 'at most' what the farthest normed states make of them where the residual stream may "
         "move by more than its own length: then nothing is certain."
     )
-    own = rows_of(certify(model.params, quantized.params, tokens, model.config), model.config)
+    certificate = certify(model.params, quantized.params, tokens, model.config)
+    own = rows_of(certificate, model.config)
     _print_guarantees(console, f"this model ({recipe.method})", own)
     rounded: list[Row] = []
     for bits in (8, 4, 3, 2):
@@ -93,7 +94,10 @@ def print_guarantees(
     _print_guarantees(console, "all experts rounded to nearest", rounded)
     violations = sum(row["violations"] for row in [*own, *rounded])
     console.print(f"violations of bounds and certificates: {violations}")
-    return {"tokens": int(tokens.size), "this_model": own, "rounded": rounded, "violations": violations}
+    return {
+        "tokens": int(tokens.size), "this_model": own, "experts": expert_rows(certificate, model.config),
+        "rounded": rounded, "violations": violations,
+    }  # fmt: skip
 
 
 def _print_guarantees(console: Console, of: str, rows: list[Row]) -> None:

@@ -81,6 +81,28 @@ def rows_of(certificate: Certificate, config: ModelConfig) -> list[Row]:
     ]
 
 
+def expert_rows(certificate: Certificate, config: ModelConfig) -> list[Row]:
+    """One row for each expert that a token chose.
+
+    "layer", "expert", "tokens", and over these tokens the medians of "error", "bound" and "norm_bound" (as in
+    `rows_of`) and the "largest_tightness".
+    """
+    rows = list[Row]()
+    for number, layer in zip(config.moe_layers, certificate.layers, strict=True):
+        for expert in np.unique(layer.chosen):
+            here = layer.chosen == expert
+            error, bound = layer.expert_error[here], layer.expert_bound[here]
+            rows.append(
+                {
+                    "layer": number, "expert": int(expert), "tokens": int(here.sum()),
+                    "error": float(np.median(error)), "bound": float(np.median(bound)),
+                    "norm_bound": float(np.median(layer.expert_norm_bound[here])),
+                    "largest_tightness": float(np.max(_tightness(error, bound))),
+                }
+            )  # fmt: skip
+    return rows
+
+
 def _row(layer: LayerCertificate) -> Row:
     some = layer.altered if layer.altered.any() else np.ones_like(layer.altered)
     error, bound, by_norm = (v[some] for v in (layer.expert_error, layer.expert_bound, layer.expert_norm_bound))

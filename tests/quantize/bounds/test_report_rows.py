@@ -14,7 +14,7 @@ from hetmoe.models.transformer import hidden_states
 from hetmoe.quantize.bounds.a_priori import a_priori_change
 from hetmoe.quantize.bounds.certify import certify
 from hetmoe.quantize.bounds.expert import Expert, change_of, error_constant
-from hetmoe.quantize.bounds.report import rounded_experts, rounded_rows, rows_of
+from hetmoe.quantize.bounds.report import expert_rows, rounded_experts, rounded_rows, rows_of
 from hetmoe.quantize.grid import Grid
 from hetmoe.quantize.mixed import dense
 from hetmoe.quantize.packed import dequantize_packed, take_packed
@@ -133,3 +133,10 @@ def test_experts_that_stay_as_they_are_are_left_out_of_the_rows():
         np.testing.assert_array_equal(layer.altered, altered)
         assert row["expert_error"] == np.median(layer.expert_error[altered]) > 0
         assert row["tightness"] == np.median((layer.expert_error / layer.expert_bound)[altered])
+    by_expert = expert_rows(certificate, TINY)
+    assert sum(row["tokens"] for row in by_expert) == 2 * 12 * TINY.experts_per_token
+    for row in by_expert:
+        layer = certificate.layers[TINY.moe_layers.index(row["layer"])]
+        here = layer.chosen == row["expert"]
+        assert row["tokens"] == here.sum() and row["bound"] == np.median(layer.expert_bound[here])
+        assert (row["error"] > 0) == (row["expert"] % 4 == 0) and row["error"] <= row["bound"]
