@@ -124,6 +124,18 @@ def test_the_report_prints_what_is_certain(run: Run, tmp_path: Path) -> None:
     assert cells[1][-2].strip() == f"{last['whole_model_observed']:.1%}"
 
 
+def test_conversion_there_and_back_keeps_model_and_plan(run: Run, tiny: Path, tmp_path: Path) -> None:
+    for command in (
+        ("quantize", tiny, "--bits", 3, *TINY, "-o", tmp_path / "q"),
+        ("convert", tmp_path / "q", tmp_path / "orbax"),
+        ("convert", tmp_path / "orbax", tmp_path / "back", "--to", "safetensors"),
+    ):
+        code, _, err = run(*command)
+        assert code == 0, err
+    for name in ("model.safetensors", "plan.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "q" / name).read_bytes()
+
+
 def test_router_change_reads_the_model_before(run: Run, tiny: Path, tmp_path: Path) -> None:
     save_model(tmp_path / "before", plain(4))
     code, out, err = run(

@@ -1,15 +1,17 @@
 """`hetmoe convert`: between the Hugging Face layout and Orbax checkpoints."""
 
+import shutil
 from pathlib import Path
 from typing import cast
 
 from hetmoe.checkpoint import orbax_directory
-from hetmoe.checkpoint.load import load_model
+from hetmoe.checkpoint.load import load_model, model_directory
 from hetmoe.checkpoint.save import save_model
 from hetmoe.commands.common import make_console
 from hetmoe.commands.export import ANALOG_OPTIONS, PLACEMENT_OPTIONS, PROGRAM_OPTIONS
 from hetmoe.errors import InputError
 from hetmoe.files import check_new_directory, check_writable
+from hetmoe.placement.plan_file import BESIDE_MODEL
 
 TARGETS = ("orbax", "safetensors")
 
@@ -37,5 +39,8 @@ def run(model_source: str, output: Path, target: str, dtype: str | None) -> None
     model = load_model(model_source, dtype)
     write = orbax_directory.write if target == "orbax" else save_model
     write(output, model)
+    plan = model_directory(model_source) / BESIDE_MODEL
+    if plan.is_file():
+        shutil.copyfile(plan, output / BESIDE_MODEL)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     make_console().print(f"{model.name} as {target}: {output} ({size / 1e6:,.1f} MB, {model.params.embed.dtype})")

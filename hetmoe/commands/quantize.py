@@ -23,7 +23,7 @@ from hetmoe.evaluate.provenance import provenance
 from hetmoe.files import check_new_directory, check_writable
 from hetmoe.models.model import Model, model_fingerprint
 from hetmoe.placement.plan import all_digital
-from hetmoe.placement.plan_file import load_plan, save_plan
+from hetmoe.placement.plan_file import BESIDE_MODEL, load_plan, save_plan
 from hetmoe.quantize.allocation import EXPECTED_LOSS, UNIFORM, Allocation, BitRule, allocate
 from hetmoe.quantize.driver import check_groups, quantize_experts
 from hetmoe.quantize.grid import BITS
@@ -34,7 +34,6 @@ from hetmoe.quantize.sizes import sizes
 from hetmoe.sweep.setup import model_identity
 
 READ_TEXT = ("activation_frequency", EXPECTED_LOSS)
-PLAN = "plan.json"  # beside the model, where each expert runs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,7 +179,7 @@ def run(request: QuantizeRequest) -> None:
     for left in output.glob(".weights-*"):  # of a run that was killed while it saved
         shutil.rmtree(left, ignore_errors=True)
     save_model(output, quantized, made_by=made_by)
-    save_plan(output / PLAN, plan, quantized, made_by=made_by)
+    save_plan(output / BESIDE_MODEL, plan, quantized, made_by=made_by)
     partial.remove()
 
     console.print(f"[bold]{model.name}[/bold] quantized by {recipe.method}, bits by {how.rule}:")

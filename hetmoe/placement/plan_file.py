@@ -16,6 +16,7 @@ from hetmoe.placement.plan import Plan, check_plan
 from hetmoe.quantize.layout import layout_of
 
 FORMAT = "hetmoe-plan-2"
+BESIDE_MODEL = "plan.json"  # in the directory of a model with quantized experts
 _LAYERWISE = ("attention", "shared_experts", "dense_ffn")
 
 
