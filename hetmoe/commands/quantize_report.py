@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from hetmoe.models.model import Model
-from hetmoe.quantize.allocation import used_levels
 from hetmoe.quantize.bounds.certify import certify
 from hetmoe.quantize.bounds.report import Row, expert_rows, rounded_rows, rows_of
 from hetmoe.quantize.budget import EXPERT_MATRICES
+from hetmoe.quantize.levels import used_levels
 from hetmoe.quantize.recipe import Recipe
 from hetmoe.quantize.sizes import Sizes
 

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -239,8 +238,3 @@ def _least_loss(
     proven = "the least there is" if found.gap == 0 else f"at most {found.gap:.3g} above the least there is"
     note = f"expected increase {found.increase:.4g} nats per token (curvature; matrices added up), {proven}"
     return Allocation(bits=found.bits, notes=(note,))
-
-
-def used_levels(bits: np.ndarray) -> Sequence[int]:
-    """Bits that occur, ascending, without 0."""
-    return sorted({int(b) for b in bits.flat} - {0})

@@ -19,6 +19,7 @@ from hetmoe.quantize.grid import BITS
 from hetmoe.quantize.hessian import check_calibration
 from hetmoe.quantize.layer import LayerQuantized, Pools, quantize_layer
 from hetmoe.quantize.layer_inputs import Activations
+from hetmoe.quantize.levels import used_levels
 from hetmoe.quantize.mixed import MixedMatrix, make_mixed, refuse_quantized
 from hetmoe.quantize.partial import PartialRun
 from hetmoe.quantize.recipe import Recipe
@@ -97,7 +98,7 @@ def assemble(w: Array, bits: Int[np.ndarray, "layers experts"], name: str, layer
     """One matrix of all experts: pools of one precision each, lowest first, and last what is not quantized."""
     pools: list[Any] = []
     pool_of = np.empty(bits.shape, np.int64)
-    for level in sorted({int(b) for b in bits.flat} - {0}):
+    for level in used_levels(bits):
         pool_of[bits == level] = len(pools)
         parts = [pools[name, level] for pools in layers if (name, level) in pools]
         pools.append(jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts))
@@ -124,12 +125,12 @@ def _check(config: ModelConfig, bits: Bits, recipe: Recipe) -> None:
     wanted = (len(config.moe_layers), config.num_experts, len(EXPERT_MATRICES))
     if bits.shape != wanted:
         raise InputError(f"bits has the shape {list(bits.shape)}; this model needs {list(wanted)}")
-    levels = {int(b) for b in bits.flat}
-    if unknown := sorted(levels - {0, *BITS}):
+    levels = used_levels(bits)
+    if unknown := sorted(set(levels) - set(BITS)):
         raise InputError(f"bits={unknown[0]} does not exist: use {', '.join(map(str, BITS))}, or 0 for none")
-    if levels == {0}:
+    if not levels:
         raise InputError("no expert gets any bits: nothing is to be quantized")
-    check_groups(config, recipe, sorted(levels - {0}))
+    check_groups(config, recipe, levels)
 
 
 def check_groups(config: ModelConfig, recipe: Recipe, levels: Sequence[int]) -> None:

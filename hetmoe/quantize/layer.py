@@ -14,6 +14,7 @@ from hetmoe.quantize.gptq import GptqResult, gptq
 from hetmoe.quantize.grid import Quantized
 from hetmoe.quantize.hessian import Hessians, mean_hessian
 from hetmoe.quantize.hqq import half_quadratic
+from hetmoe.quantize.levels import used_levels
 from hetmoe.quantize.packed import Packed, dequantize_packed, pack
 from hetmoe.quantize.recipe import Recipe
 from hetmoe.quantize.rtn import round_to_nearest
@@ -72,7 +73,7 @@ def quantize_layer(
         w, parts = matrices[matrix], list[dict[str, Any]]()
         of_layer = None if hessians is None else hessians[INPUTS[matrix]]
         mean = None if of_layer is None else mean_hessian(of_layer)
-        for level in sorted({int(b) for b in bits[:, column]} - {0}):
+        for level in used_levels(bits[:, column]):
             experts = np.flatnonzero(bits[:, column] == level)
             pooled: list[Packed] = []
             for expert in experts.tolist():

@@ -152,6 +152,11 @@ def assign(order: Int[np.ndarray, "*layers experts"], counts: Counts) -> Int[np.
     return bits
 
 
+def used_levels(bits: Int[np.ndarray, "..."]) -> list[int]:
+    """Bits that occur, ascending, without 0."""
+    return sorted({int(b) for b in bits.flat} - {0})
+
+
 def _two(experts: int, average: Fraction, low: int, high: int) -> int:
     return round(experts * (average - low) / (high - low))
 
