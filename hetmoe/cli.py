@@ -8,6 +8,7 @@ from typing import Annotated, cast
 
 import typer
 
+from hetmoe.cli_hardware import add_hardware_commands
 from hetmoe.cli_options import (
     ADC_BITS,
     ADC_BOUND,
@@ -46,6 +47,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+add_hardware_commands(app)
 
 
 @app.callback(invoke_without_command=True)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from hetmoe.errors import InputError
 
+CONFIG = "config.json"
 # What a model needs; pickled weights and second copies in other layouts are never fetched.
-_FILES = ["config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer.json"]
+_FILES = [CONFIG, "*.safetensors", "model.safetensors.index.json", "tokenizer.json"]
 _NOT = ["consolidated*", "*/*"]
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?", re.ASCII)
 
@@ -16,8 +17,8 @@ def looks_like_hub_id(name: str) -> bool:
     return _ID.fullmatch(name) is not None and ".." not in name
 
 
-def download(hub_id: str) -> Path:
-    """The local snapshot of a model on the hub, downloaded where the cache lacks it.
+def download(hub_id: str, *, config_only: bool = False) -> Path:
+    """The local snapshot of a model on the hub, or only its config, downloaded where the cache lacks it.
 
     Raises:
         InputError: if the hub cannot be reached and the cache lacks the model, or if there is no such model, or no
@@ -33,7 +34,8 @@ def download(hub_id: str) -> Path:
 
     name, _, revision = hub_id.partition("@")
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=_FILES, ignore_patterns=_NOT))
+        files = [CONFIG] if config_only else _FILES
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=files, ignore_patterns=_NOT))
     except GatedRepoError:
         reason = f"needs permission: ask for it on https://huggingface.co/{name}, then run 'hf auth login'"
     except RevisionNotFoundError:

@@ -42,8 +42,10 @@ class Checkpoint:
         return load_tokenizer(self.directory / "tokenizer.json", self.config)
 
 
-def model_directory(name_or_dir: str | Path) -> Path:
+def model_directory(name_or_dir: str | Path, *, config_only: bool = False) -> Path:
     """The directory of a model: one on disk, the embedded `"reference"`, or the local copy of one on the hub.
+
+    With `config_only` that copy need not hold more than config.json.
 
     Raises:
         InputError: if it does not exist, or cannot be downloaded.
@@ -54,7 +56,7 @@ def model_directory(name_or_dir: str | Path) -> Path:
     if str(name_or_dir) and path.is_dir():
         return path
     if isinstance(name_or_dir, str) and looks_like_hub_id(name_or_dir) and not path.exists():
-        return download(name_or_dir)
+        return download(name_or_dir, config_only=config_only)
     raise InputError(
         f"model {str(name_or_dir)!r}: no such directory; give a model directory, a name on the hub such as "
         "'allenai/OLMoE-1B-7B-0924', or 'reference'"
@@ -77,13 +79,7 @@ def open_checkpoint(name_or_dir: str | Path) -> Checkpoint:
     directory = model_directory(name_or_dir)
     if orbax_directory.is_one(directory):
         raise InputError(f"{directory}: is an Orbax checkpoint; this needs safetensors: hetmoe convert it back first")
-    path = directory / "config.json"
-    if not path.exists() and not path.is_symlink():
-        if (directory / ".partial").is_dir():
-            raise InputError(f"{directory}: 'hetmoe quantize' was stopped here: repeat the same command to finish it")
-        raise InputError(f"{path}: no such file; a model directory holds config.json and model*.safetensors")
-    content = read_json(inside(directory, path))
-    config = config_from_hf(content, source=str(path))
+    path, content, config = _config_file(directory)
     return Checkpoint(
         name=model_name(name_or_dir, directory),
         directory=directory,
@@ -93,6 +89,26 @@ def open_checkpoint(name_or_dir: str | Path) -> Checkpoint:
         bos_token_id=_token_id(path, "bos_token_id", content, config),
         files=open_weights(directory),
     )
+
+
+def open_config(directory: Path) -> tuple[ModelConfig, Storage]:
+    """What config.json of a model directory says; weights need not be there.
+
+    Raises:
+        InputError: see `load_model`.
+    """
+    path, content, config = _config_file(directory)
+    return config, storage_from_hf(content, source=str(path))
+
+
+def _config_file(directory: Path) -> tuple[Path, dict[str, Any], ModelConfig]:
+    path = directory / "config.json"
+    if not path.exists() and not path.is_symlink():
+        if (directory / ".partial").is_dir():
+            raise InputError(f"{directory}: 'hetmoe quantize' was stopped here: repeat the same command to finish it")
+        raise InputError(f"{path}: no such file; a model directory holds config.json and model*.safetensors")
+    content = read_json(inside(directory, path))
+    return path, content, config_from_hf(content, source=str(path))
 
 
 def _token_id(path: Path, name: str, content: dict[str, Any], config: ModelConfig) -> int | None:

@@ -12,8 +12,8 @@ from rich.console import Console
 from hetmoe.analog.calibration import Calibration
 from hetmoe.analog.spec import describe
 from hetmoe.checkpoint.load import load_model, parse_dtype
+from hetmoe.commands.analog_options import AnalogOptions
 from hetmoe.commands.common import choose_text, make_console, write_json
-from hetmoe.commands.hardware import HardwareOptions
 from hetmoe.commands.progress import show_progress
 from hetmoe.commands.tables import Difference, difference_tables, differences, metric_tables
 from hetmoe.errors import InputError
@@ -40,7 +40,7 @@ from hetmoe.quantize.layout import layout_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalRequest(HardwareOptions):
+class EvalRequest(AnalogOptions):
     """The options of `hetmoe eval`, named as there."""
 
     model: str

@@ -10,8 +10,8 @@ import jax
 
 from hetmoe.analog.programming import program, seeded_weights
 from hetmoe.checkpoint.load import load_model, parse_dtype
+from hetmoe.commands.analog_options import AnalogOptions
 from hetmoe.commands.common import choose_text, make_console
-from hetmoe.commands.hardware import HardwareOptions
 from hetmoe.commands.one_placement import PlacementOptions
 from hetmoe.errors import InputError
 from hetmoe.evaluate.execution import check_choices
@@ -44,7 +44,7 @@ def default_platforms(implementation: str) -> tuple[str, ...]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExportRequest(HardwareOptions, PlacementOptions):
+class ExportRequest(AnalogOptions, PlacementOptions):
     """The options of `hetmoe convert --stablehlo`, named as there; `given` are the names of those that were typed."""
 
     model: str

@@ -1,66 +1,182 @@
-"""Options that say what the analog hardware is, shared by the commands that run it."""
+"""`hetmoe hardware`: throughput, energy, memory, tiles and area of a model on described hardware."""
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
-import jax.numpy as jnp
-
-from hetmoe.analog.calibration import Calibration, RangeMethod
-from hetmoe.analog.read_noise import make_read_noise
-from hetmoe.analog.spec import AnalogSpec, analog_spec
+from hetmoe.commands.common import choose_text, make_console, write_json
+from hetmoe.commands.described_model import DescribedModel, describe_model, has_weights, plan_of
+from hetmoe.commands.hardware_tables import (
+    Case,
+    description_record,
+    print_cases,
+    print_descriptions,
+    print_explanation,
+    print_list,
+    print_routing,
+    routing_record,
+)
 from hetmoe.errors import InputError
-from hetmoe.evaluate.calibrate import calibrate
-from hetmoe.evaluate.calibration_file import load_calibration
-from hetmoe.evaluate.text import Windows
-from hetmoe.models.model import Model
+from hetmoe.evaluate.provenance import provenance
+from hetmoe.evaluate.text import load_windows, split_windows
+from hetmoe.files import check_writable
+from hetmoe.hardware.demand import model_demand
+from hetmoe.hardware.deployment import Deployment, bytes_of_layout, deployment
+from hetmoe.hardware.description import Description, open_description, shipped_descriptions
+from hetmoe.hardware.estimate import estimate
+from hetmoe.hardware.explain import explain
+from hetmoe.hardware.fit import check_fit
+from hetmoe.hardware.machine import system_of
+from hetmoe.hardware.parts import SCHEDULES
+from hetmoe.hardware.routing import uniform_frequency
+from hetmoe.hardware.routing_file import RoutingStatistics, load_routing, observe_routing, save_routing
+from hetmoe.hardware.step import decode_step, prefill_step
+
+TEXT, UNIFORM = "text", "uniform"
+MOST_CONTEXT = 1024  # of the default, where the model has more
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HardwareOptions:
-    """Device, noise, converters and ranges, named as on the command line."""
+class HardwareRequest:
+    """The options of `hetmoe hardware`, named as there."""
 
-    device: str
-    time_s: float | None
-    drift_compensation: bool
-    read_noise: float
-    read_noise_kind: str
-    input_range: str
-    range_k: float
-    adc_bound: float
-    bound_axis: str
-    dac_bits: int | None
-    adc_bits: int | None
-    tile_rows: int
-    calibration_file: Path | None  # ranges from there instead of from text
+    model: str
+    plan: Path | None
+    placement: str | None
+    rule: str | None
+    fraction: float | None
+    processor: str
+    chip: str
+    link: str
+    batch: int
+    context: int | None
+    prompt: int | None
+    routing: str | None
+    save_routing: Path | None
+    text: Path | None
+    tokens: int
+    seq: int
+    explain: bool
+    dtype: str | None
+    json_file: Path | None
 
-    def check_hardware(self, noise_scales: list[float]) -> None:
-        """Raises InputError for values that no hardware has."""
-        for scale in noise_scales:
-            self.spec(scale)
-        if self.input_range != "dynamic":
-            self.range_method()
-        if self.calibration_file is not None and (self.input_range, self.range_k) != ("ema_std", 12.0):
-            raise InputError("--calibration holds the input ranges: leave out --input-range and --range-k")
+    def check(self) -> None:
+        """Raises InputError for values that are wrong whatever the model."""
+        for name, least in (("batch", 1), ("tokens", 1), ("seq", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"--{name} {getattr(self, name)} must be at least {least}")
+        if self.text is not None and self.how_routed not in (None, TEXT):
+            raise InputError(f"--text is for routing that is measured: leave out --routing {self.routing}")
+        if self.save_routing is not None and self.how_routed != TEXT:
+            raise InputError("--save-routing keeps routing that was measured: give --routing text")
+        for path in (self.json_file, self.save_routing):
+            if path is not None:
+                check_writable(path)
 
-    def spec(self, noise_scale: float) -> AnalogSpec:
-        """The analog hardware at one noise scale."""
-        return analog_spec(
-            self.device, noise_scale=noise_scale, time_s=self.time_s, drift_compensation=self.drift_compensation,
-            dac_bits=self.dac_bits, adc_bits=self.adc_bits, adc_bound=self.adc_bound, bound_axis=self.bound_axis,
-            tile_rows=self.tile_rows,
-            read_noise=make_read_noise(self.read_noise_kind, self.read_noise) if self.read_noise != 0 else None,
-        )  # fmt: skip
+    @property
+    def how_routed(self) -> str:
+        """`text`, `uniform`, or a file: as given, else by what is at hand."""
+        if self.routing is not None:
+            return self.routing
+        return TEXT if self.text is not None or has_weights(self.model) else UNIFORM
 
-    def range_method(self) -> RangeMethod:
-        """How DAC ranges are calibrated."""
-        return RangeMethod(method=self.input_range, k=self.range_k)  # pyright: ignore[reportArgumentType]
 
-    def calibration(self, model: Model, windows: Windows | None) -> Calibration | None:
-        """DAC ranges from the file, or from text (else `windows` may be None); None where they are dynamic."""
-        if self.calibration_file is not None:
-            return load_calibration(self.calibration_file, model, self.bound_axis).calibration
-        if self.input_range == "dynamic":
-            return None
-        assert windows is not None
-        tokens = jnp.asarray(windows.tokens[:, :-1])
-        return calibrate(model.params, tokens, model.config, self.range_method(), tile_rows=self.tile_rows)
+def show(name: str) -> None:
+    """Prints a shipped description as it is, to be copied and changed."""
+    shipped = shipped_descriptions()
+    if name not in shipped:
+        raise InputError(f"hardware {name!r} is not known: use one of {', '.join(shipped)}")
+    print(shipped[name].read_text(encoding="utf-8"), end="")  # noqa: T201 (for a file, not for a terminal's width)
+
+
+def list_hardware() -> None:
+    """Prints all shipped descriptions with what they state."""
+    print_list(make_console())
+
+
+def run(request: HardwareRequest) -> None:
+    """Reads, estimates and prints."""
+    request.check()
+    digital, analog, link = (
+        open_description(request.processor, "digital"), open_description(request.chip, "analog"),
+        open_description(request.link, "link"),
+    )  # fmt: skip
+    console, how = make_console(), request.how_routed
+    described = describe_model(request.model, request.dtype, load=how == TEXT)
+    config = described.config
+    name, plan = plan_of(described, request.plan, request.placement, request.rule, request.fraction)
+    where = _deployment(described, plan)
+    statistics = _statistics(request, described, how)
+    frequency = uniform_frequency(config) if statistics is None else statistics.frequency
+    context = request.context or min(config.max_position_embeddings, MOST_CONTEXT)
+    prompt = request.prompt or context
+    steps = {
+        f"decode: batch {request.batch}, context {context}": decode_step(config, frequency, request.batch, context),
+        f"prefill: {request.batch} x {prompt} tokens": prefill_step(config, frequency, request.batch, prompt),
+    }
+    system = system_of(digital, analog, link)
+    cases: list[Case] = []
+    for title, step in steps.items():
+        demand = model_demand(config, where, step)
+        for schedule in SCHEDULES:
+            found = estimate(config, demand, system, schedule)
+            check_fit(config, found, digital, analog)
+            terms = explain(config, demand, system, schedule)
+            cases.append(Case(title=title, schedule=schedule, estimate=found, terms=terms))
+    console.print(f"[bold]{described.name}[/bold], {name}", highlight=False)
+    print_descriptions(console, {"digital unit": digital, "chips": analog, "link": link})
+    print_routing(console, config, frequency, statistics, request.batch)
+    print_cases(console, cases)
+    if request.explain:
+        print_explanation(console, cases)
+    if request.json_file is not None:
+        write_json(request.json_file, _record(request, described, name, [digital, analog, link], statistics, cases))
+        console.print(f"results: {request.json_file}")
+
+
+def _deployment(described: DescribedModel, plan: Any) -> Deployment:
+    layout, size = described.layout, described.weight_bytes
+    quantized = None if layout is None else bytes_of_layout(described.config, layout, size)
+    return deployment(plan, described.config, expert_bytes=quantized, weight_bytes=size, element_bytes=size)
+
+
+def _statistics(request: HardwareRequest, described: DescribedModel, how: str) -> RoutingStatistics | None:
+    if how == UNIFORM:
+        return None
+    if how != TEXT:
+        return load_routing(Path(how), described.config, described.identity)
+    model = described.model
+    assert model is not None
+    if request.seq > model.config.max_position_embeddings:
+        raise InputError(f"--seq {request.seq} exceeds the model's context of {model.config.max_position_embeddings}")
+    sources = load_windows(model, choose_text(request.text), request.seq)
+    count = min(max(request.tokens // request.seq, 1), sum(len(s) for s in sources))
+    windows, _ = split_windows(sources, count, 0)
+    statistics = observe_routing(model, windows.tokens[:, :-1])
+    if request.save_routing is not None:
+        text = "embedded held-out text" if request.text is None else request.text.name
+        assert described.identity is not None
+        save_routing(request.save_routing, statistics, name=described.name, identity=described.identity, text=text)
+    return statistics
+
+
+def _record(
+    request: HardwareRequest, described: DescribedModel, placement: str, hardware: list[Description],
+    statistics: RoutingStatistics | None, cases: list[Case],
+) -> dict[str, Any]:  # fmt: skip
+    options = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(request).items()}
+    return {
+        "format": "hetmoe-hardware-estimate-1",
+        "provenance": provenance(),
+        "model": {
+            "name": described.name,
+            "fingerprint": described.identity,
+            "config": dataclasses.asdict(described.config),
+            "quantization": None if described.layout is None else described.layout.to_json(),
+        },
+        "options": options,
+        "placement": placement,
+        "hardware": [description_record(part) for part in hardware],
+        "routing": routing_record(described.config, statistics, request.batch),
+        "estimates": [case.record() for case in cases],
+    }

@@ -17,8 +17,8 @@ from rich.table import Table
 
 from hetmoe.analog.spec import describe
 from hetmoe.checkpoint.load import load_model, parse_dtype
+from hetmoe.commands.analog_options import AnalogOptions
 from hetmoe.commands.common import choose_text, make_console, write_json
-from hetmoe.commands.hardware import HardwareOptions
 from hetmoe.commands.one_placement import PlacementOptions
 from hetmoe.errors import InputError, Interrupted
 from hetmoe.evaluate.execution import check_execution
@@ -39,7 +39,7 @@ from hetmoe.sweep.setup import model_identity
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TasksRequest(HardwareOptions, PlacementOptions):
+class TasksRequest(AnalogOptions, PlacementOptions):
     """The options of `hetmoe tasks`, named as there."""
 
     model: str

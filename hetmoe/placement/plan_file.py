@@ -10,10 +10,11 @@ import numpy as np
 from hetmoe.errors import InputError
 from hetmoe.files import write_text
 from hetmoe.models.analog_arguments import check_quantized
+from hetmoe.models.config import ModelConfig
 from hetmoe.models.hf_fields import read_json
 from hetmoe.models.model import Model, model_fingerprint
 from hetmoe.placement.plan import Plan, check_plan
-from hetmoe.quantize.layout import layout_of
+from hetmoe.quantize.layout import QuantizedLayout, layout_of
 
 FORMAT = "hetmoe-plan-2"
 BESIDE_MODEL = "plan.json"  # in the directory of a model with quantized experts
@@ -31,14 +32,13 @@ def save_plan(path: str | Path, plan: Plan, model: Model, *, made_by: dict[str, 
     """
     check_plan(plan, model.config)
     check_quantized(model.params, plan)
-    where = experts_run_on(plan, model)
+    where = experts_run_on(plan, layout_of(model.params.layers.moe.experts))
     identity = model_fingerprint(model)
     write_plan(Path(path), plan, name=model.name, fingerprint=identity, made_by=made_by or {}, where=where)
 
 
-def experts_run_on(plan: Plan, model: Model) -> list[list[str]] | None:
+def experts_run_on(plan: Plan, layout: QuantizedLayout | None) -> list[list[str]] | None:
     """Where each expert of each layer runs, in words; None for a model without quantized experts."""
-    layout = layout_of(model.params.layers.moe.experts)
     if layout is None:
         return None
     bits, analog = layout.bits(), np.asarray(plan.experts)
@@ -90,7 +90,20 @@ def load_plan(path: str | Path, model: Model) -> Plan:
     Raises:
         InputError: if the file is absent or malformed, or the plan was made for another model.
     """
-    path = Path(path)
+    identity, layout = model_fingerprint(model), layout_of(model.params.layers.moe.experts)
+    plan = read_plan(Path(path), model.config, name=model.name, identity=identity, layout=layout)
+    check_quantized(model.params, plan)
+    return plan
+
+
+def read_plan(
+    path: Path, config: ModelConfig, *, name: str, identity: str | None, layout: QuantizedLayout | None
+) -> Plan:
+    """Reads a plan for a model of which no more than this is known; without its `identity` any model's will do.
+
+    Raises:
+        InputError: as `load_plan`.
+    """
     try:
         record = read_json(path)
     except InputError as error:
@@ -99,10 +112,9 @@ def load_plan(path: str | Path, model: Model) -> Plan:
         raise InputError(f"plan {path}: not a plan file of format {FORMAT!r}; make one with 'hetmoe place'")
     try:
         made_for, layers, experts = record["model"], record["moe_layers"], record["experts"]
-        identity = model_fingerprint(model)
-        if made_for["fingerprint"] != identity:
+        if identity is not None and made_for["fingerprint"] != identity:
             raise InputError(
-                f"plan {path}: made for model {made_for['name']!r} ({made_for['fingerprint']}), not for {model.name!r} "
+                f"plan {path}: made for model {made_for['name']!r} ({made_for['fingerprint']}), not for {name!r} "
                 f"({identity}); make one with 'hetmoe place'"
             )
         rows = record["digital_experts"]
@@ -120,19 +132,18 @@ def load_plan(path: str | Path, model: Model) -> Plan:
         if isinstance(error, InputError):
             raise
         raise InputError(f"plan {path}: malformed ({type(error).__name__}: {error})") from None
-    check_plan(plan, model.config)
-    check_quantized(model.params, plan)
-    _check_where(path, record.get("experts_run_on"), experts_run_on(plan, model), model)
+    check_plan(plan, config)
+    _check_where(path, record.get("experts_run_on"), experts_run_on(plan, layout), name)
     return plan
 
 
-def _check_where(path: Path, said: Any, found: list[list[str]] | None, model: Model) -> None:
+def _check_where(path: Path, said: Any, found: list[list[str]] | None, name: str) -> None:
     """A plan that names bits is of one quantization of the model."""
     if said is None or said == found:
         return
     if found is None:
         raise InputError(
-            f"plan {path}: is for {model.name!r} with quantized experts, and these are not: load the directory that it "
+            f"plan {path}: is for {name!r} with quantized experts, and these are not: load the directory that it "
             "was written beside"
         )
     if isinstance(said, list) and [len(row) for row in said] != [len(row) for row in found]:
@@ -144,7 +155,7 @@ def _check_where(path: Path, said: Any, found: list[list[str]] | None, model: Mo
             if there != where:
                 raise InputError(
                     f"plan {path}: expert {expert} of layer {layer} (of those with experts) is {there!r} there and "
-                    f"{where!r} in {model.name!r}: the plan is of another quantization"
+                    f"{where!r} in {name!r}: the plan is of another quantization"
                 )
 
 

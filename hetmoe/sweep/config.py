@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from hetmoe.evaluate.prepare import DEFAULT_TOKENS
 from hetmoe.evaluate.rules import scoring_scale
 from hetmoe.placement.plan import PLACEMENTS, digital_count
 from hetmoe.placement.scores import DEVICE_RULES, RULES, check_down_axis
-from hetmoe.sweep.toml_table import TomlTable
+from hetmoe.toml_table import TomlTable, read_toml
 
 PROGRAMMED = "programmed"  # the time of a reading with programming noise only
 LARGEST_SEED = 2**32 - 1  # a key holds 32 bits of it
@@ -129,13 +128,7 @@ def read_config(path: Path) -> SweepConfig:
     Raises:
         InputError: naming the file, the key, and what is allowed.
     """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable as TOML ({error})") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    top = TomlTable(path, "", content)
+    top = read_toml(path)
     config = SweepConfig(
         source=path,
         model=top.text("model"),
@@ -191,7 +184,7 @@ def _hardware(table: TomlTable, path: Path) -> HardwareConfig:
     elif (input_range, range_k) == ("ema_std", 12.0):
         bound = stored_adc_bound(path.parent / calibration)
     else:
-        raise InputError(f"{path}: [hardware] calibration holds the ranges: leave out input_range and range_k")
+        raise table.error("calibration", "calibration holds the ranges: leave out input_range and range_k")
     config = HardwareConfig(
         calibration=calibration,
         input_range=input_range,

@@ -1,5 +1,6 @@
-"""A table of a TOML file whose every key must be asked for, with its type."""
+"""TOML files read strictly: every key must be asked for, with its type, and errors name the line."""
 
+import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,30 +10,88 @@ from hetmoe.errors import InputError
 LARGEST = 2**63 - 1  # of TOML's whole numbers; Python's reader takes larger ones
 
 
+class TomlFile:
+    """A file's name and text, which errors point into."""
+
+    def __init__(self, path: Path | str, text: str) -> None:
+        self.path, self.text = path, text
+
+    def where(self, keys: Sequence[str]) -> str:
+        """`file:line` of a key or a table, by its path from the top; of the table around it, where it is absent."""
+        for depth in range(len(keys), 0, -1):
+            if (line := _line_of(self.text, keys[:depth])) is not None:
+                return f"{self.path}:{line}"
+        return f"{self.path}"
+
+
+def _line_of(text: str, keys: Sequence[str]) -> int | None:
+    """Where a key is first set: the first line of the statement behind which the parsed file has it."""
+    lines = text.splitlines()
+    first = 0  # line of the statement that is not complete yet
+    for end in range(1, len(lines) + 1):
+        try:
+            content: Any = tomllib.loads("\n".join(lines[:end]) + "\n")
+        except tomllib.TOMLDecodeError:
+            continue  # within a statement of several lines
+        if _holds(content, keys):
+            written = (n for n in range(first, end) if (code := lines[n].strip()) and not code.startswith("#"))
+            return next(written) + 1
+        first = end
+    return None
+
+
+def _holds(content: Any, keys: Sequence[str]) -> bool:
+    for key in keys:
+        if not isinstance(content, dict) or key not in content:
+            return False
+        content = content[key]
+    return True
+
+
 class TomlTable:
     """Hands out values by key; `finish` refuses the keys that nobody asked for.
 
-    A key without a default is required. Every method raises InputError for a value of another type, naming file, table
-    and key.
+    A key without a default is required. Every method raises InputError for a value of another type, naming file, line,
+    table and key.
     """
 
-    def __init__(self, source: Path, name: str, content: dict[str, Any]) -> None:
-        self._where = f"{source}: [{name}]" if name else f"{source}:"
-        self._source, self._content = source, content
+    def __init__(self, file: TomlFile, keys: tuple[str, ...], content: dict[str, Any]) -> None:
+        self.file = file
+        self._keys, self._content = keys, content
         self._asked: list[str] = []
+
+    def error(self, key: str, said: str) -> InputError:
+        """An error about a key of this table."""
+        table = f" [{'.'.join(self._keys)}]" if self._keys else ""
+        return InputError(f"{self.file.where((*self._keys, key))}:{table} {said}")
 
     def finish(self) -> None:
         """Raises InputError if the table has a key that was not asked for."""
         for key in self._content:
             if key not in self._asked:
-                raise InputError(f"{self._where} unknown key {key!r}; valid are {', '.join(self._asked)}")
+                raise self.error(key, f"unknown key {key!r}; valid are {', '.join(self._asked)}")
+
+    def has(self, key: str) -> bool:
+        """Whether the table holds a key."""
+        return key in self._content
+
+    def allow(self, key: str) -> None:
+        """Counts a key as asked for that may be absent."""
+        self._asked.append(key)
+
+    def entry(self, key: str, form: str) -> "TomlTable":
+        """A required table within a line; `form` shows what one looks like."""
+        value = self._take(key)
+        if not isinstance(value, dict):
+            raise self._wrong(key, value, form)
+        return TomlTable(self.file, (*self._keys, key), value)
 
     def table(self, key: str, *, required: bool = False) -> "TomlTable":
         """A table of this one, empty if it is absent."""
         value = self._take(key, *(() if required else ({},)))
         if not isinstance(value, dict):
             raise self._wrong(key, value, f"a table: [{key}]")
-        return TomlTable(self._source, key, value)
+        return TomlTable(self.file, (*self._keys, key), value)
 
     def text(self, key: str, *default: str) -> str:
         """Text."""
@@ -71,7 +130,7 @@ class TomlTable:
         valid = values if of is None else list(of)
         for value in values:
             if value not in valid:
-                raise InputError(f"{self._where} {key}: unknown {value!r}; use {', '.join(valid)}")
+                raise self.error(key, f"{key}: unknown {value!r}; use {', '.join(valid)}")
         return self._different(key, values)
 
     def wholes(self, key: str, *default: Sequence[int]) -> list[int]:
@@ -93,7 +152,7 @@ class TomlTable:
         if key in self._content:
             return self._content[key]
         if not default:
-            raise InputError(f"{self._where} lacks {key!r}")
+            raise self.error(key, f"lacks {key!r}")
         return default[0]
 
     def _list(self, key: str, *default: Sequence[Any]) -> list[Any]:
@@ -105,12 +164,40 @@ class TomlTable:
     def _different(self, key: str, values: list[Any]) -> list[Any]:
         for index, value in enumerate(values):
             if value in values[:index]:
-                raise InputError(f"{self._where} {key} repeats {value!r}; name every value once")
+                raise self.error(key, f"{key} repeats {value!r}; name every value once")
         return values
 
     def _wrong(self, key: str, value: Any, wanted: str) -> InputError:
-        return InputError(f"{self._where} {key} = {value!r} must be {wanted}")
+        return self.error(key, f"{key} = {value!r} must be {wanted}")
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, float) or (type(value) is int and abs(value) <= LARGEST)
+
+
+def read_toml(path: Path) -> TomlTable:
+    """The top table of a file.
+
+    Raises:
+        InputError: if it cannot be read, or is not TOML.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not readable as TOML ({error})") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    return parse_toml(text, path)
+
+
+def parse_toml(text: str, path: Path | str) -> TomlTable:
+    """The top table of a file's text; `path` is what errors name.
+
+    Raises:
+        InputError: if it is not TOML.
+    """
+    try:
+        content = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path}: not readable as TOML ({error})") from None
+    return TomlTable(TomlFile(path, text), (), content)

@@ -1,0 +1,126 @@
+"""A model of which a command needs the shapes, and weights only for what depends on them."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from hetmoe.checkpoint import orbax_directory
+from hetmoe.checkpoint.load import load_model, model_directory, model_name, open_checkpoint, open_config, parse_dtype
+from hetmoe.errors import InputError
+from hetmoe.models.config import ModelConfig
+from hetmoe.models.model import Model, model_fingerprint
+from hetmoe.placement.plan import PLACEMENTS, Plan, place
+from hetmoe.placement.plan_file import read_plan
+from hetmoe.placement.streaming import STREAMED, stored_identity, stream_scores
+from hetmoe.quantize.layout import QuantizedLayout, layout_of
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DescribedModel:
+    """What is known of a model.
+
+    Attributes:
+        name: that results carry.
+        source: what names it on the command line.
+        config: its shapes.
+        identity: its fingerprint; None where its weights are not at hand.
+        layout: which grids quantized experts lie on; None = no expert is quantized.
+        weight_bytes: of a stored weight that is not quantized.
+        model: itself, if it was loaded.
+    """
+
+    name: str
+    source: str
+    config: ModelConfig
+    identity: str | None
+    layout: QuantizedLayout | None
+    weight_bytes: float
+    model: Model | None
+
+
+def has_weights(source: str) -> bool:
+    """Whether a model's weights are on this machine, without a download."""
+    path = Path(source)
+    return source == "reference" or (
+        path.is_dir() and (orbax_directory.is_one(path) or any(path.glob("*.safetensors")))
+    )
+
+
+def describe_model(source: str, dtype: str | None, *, load: bool) -> DescribedModel:
+    """Reads a model as far as needed: whole if `load`, else headers and routers, or config.json alone.
+
+    Raises:
+        InputError: see `load_model`.
+    """
+    parse_dtype(dtype)
+    if load:
+        model = load_model(source, dtype)
+        return DescribedModel(
+            name=model.name, source=source, config=model.config, identity=model_fingerprint(model),
+            layout=layout_of(model.params.layers.moe.experts), weight_bytes=_size(model.params.embed.dtype),
+            model=model,
+        )  # fmt: skip
+    directory = model_directory(source, config_only=True)
+    name, identity = model_name(source, directory), None
+    if orbax_directory.is_one(directory):
+        record = orbax_directory.read_record(directory)
+        config, layout, stored = record.config, record.layout, record.dtype
+    elif has_weights(source):
+        checkpoint = open_checkpoint(source)
+        identity, found = stored_identity(checkpoint, dtype)
+        config, layout, stored = checkpoint.config, checkpoint.storage.layout, str(found)
+    else:
+        config, storage = open_config(directory)
+        layout, stored = storage.layout, storage.dtype or "bfloat16"
+    return DescribedModel(
+        name=name, source=source, config=config, identity=identity, layout=layout,
+        weight_bytes=_size(dtype or stored), model=None,
+    )  # fmt: skip
+
+
+def _size(dtype: Any) -> float:
+    return float(jnp.dtype(dtype).itemsize)
+
+
+def plan_of(
+    described: DescribedModel, plan: Path | None, placement: str | None, rule: str | None, fraction: float | None
+) -> tuple[str, Plan]:
+    """(name, plan) by a file, a name, or a rule that needs no text with a fraction of digital experts.
+
+    Raises:
+        InputError: for a plan of another model, a rule that needs text, or quantized experts on crossbars.
+    """
+    config = described.config
+    if plan is not None:
+        found = read_plan(plan, config, name=described.name, identity=described.identity, layout=described.layout)
+        name = f"plan {plan.stem}"
+    elif placement is not None or (rule is None and fraction is None):
+        placement = placement or ("all_digital" if described.layout is not None else "experts_analog")
+        found, name = PLACEMENTS[placement](config), placement.replace("_", " ")
+    else:
+        chosen, share = rule or "max_neuron_norm", 0.125 if fraction is None else fraction
+        found, name = place(_scores(described, chosen), share), f"{chosen} {share:.1%} digital"
+    if described.layout is not None:
+        quantized = (described.layout.bits() > 0).any(axis=-1)
+        if (wrong := np.argwhere(np.asarray(found.experts) & quantized)).size:
+            layer, expert = wrong[0].tolist()
+            raise InputError(
+                f"{name} puts expert {expert} of layer {layer} (of those with experts) on crossbars, which is "
+                f"quantized in {described.name!r}: give the plan that lies beside the model (--plan)"
+            )
+    return name, found
+
+
+def _scores(described: DescribedModel, rule: str) -> np.ndarray:
+    if rule not in STREAMED or rule == "random":
+        usable = ", ".join(name for name in STREAMED if name != "random")
+        raise InputError(f"rule {rule!r} needs text or seeds: use {usable}, or give a plan of 'hetmoe place' (--plan)")
+    if described.identity is None:
+        raise InputError(
+            f"{described.name}: rule {rule!r} needs weights, which are not on this machine: give --placement, or a "
+            "plan (--plan)"
+        )
+    return stream_scores(open_checkpoint(described.source), rule)[0]
