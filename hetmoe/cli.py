@@ -14,6 +14,7 @@ from hetmoe.cli_options import (
     ADC_BOUND,
     BOUND_AXIS,
     CALIBRATION,
+    CHIP,
     COMPENSATION,
     DAC_BITS,
     DEVICE,
@@ -24,6 +25,7 @@ from hetmoe.cli_options import (
     JSON_FILE,
     MODEL,
     ONE_NOISE_SCALE,
+    PROCESSOR,
     RANGE_K,
     READ_NOISE,
     READ_NOISE_KIND,
@@ -106,6 +108,8 @@ def place(
     calibration: CALIBRATION = None,
     energy_batch: Annotated[int, typer.Option(help="Tokens decoded together, for --budget energy.")] = 32,
     energy_bytes: Annotated[float, typer.Option(help="Bytes of a digital weight, for --budget energy.")] = 2.0,
+    processor: PROCESSOR = "a100-80gb",
+    chip: CHIP = "ibm-3d-cim",
     dtype: DTYPE = None,
 ) -> None:
     """Score experts (or all modules) and decide which stay digital.
@@ -122,7 +126,7 @@ def place(
             model=model, rule=rule, fraction=digital, budget=budget, dense=dense, compare=compare, output=output,
             text=text, tokens=tokens, seq=seq, seed=seed, seeds=seeds, down_axis=down_axis, device=device,
             noise_scale=noise_scale, time_s=time, drift_compensation=drift_compensation, calibration=calibration,
-            energy_batch=energy_batch, energy_bytes=energy_bytes, dtype=dtype,
+            energy_batch=energy_batch, energy_bytes=energy_bytes, processor=processor, chip=chip, dtype=dtype,
         )
     )  # fmt: skip
 

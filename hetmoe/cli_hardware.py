@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hetmoe.cli_options import DTYPE, JSON_FILE, MODEL, SEQ, TEXT
+from hetmoe.cli_options import CHIP, DOWN_AXIS, DTYPE, JSON_FILE, LINK, MODEL, PROCESSOR, SEQ, TEXT
 
 
 def add_hardware_commands(app: typer.Typer) -> None:
@@ -26,9 +26,9 @@ def hardware(
         str | None, typer.Option(help="Place by this rule: max_neuron_norm (default with --digital) or router_norm.")
     ] = None,
     digital: Annotated[float | None, typer.Option(help="Fraction of digital experts, with --rule.")] = None,
-    processor: Annotated[str, typer.Option(help="Digital unit: a name of --list, or a TOML file.")] = "a100-80gb",
-    chip: Annotated[str, typer.Option(help="Analog chips: a name of --list, or a TOML file.")] = "ibm-3d-cim",
-    link: Annotated[str, typer.Option(help="Between both: a name of --list, or a TOML file.")] = "pcie4-x16",
+    processor: PROCESSOR = "a100-80gb",
+    chip: CHIP = "ibm-3d-cim",
+    link: LINK = "pcie4-x16",
     batch: Annotated[int, typer.Option(help="Sequences that run together.")] = 32,
     context: Annotated[
         int | None, typer.Option(help="Positions of a decoded sequence; default 1024, or the model's context.")
@@ -50,6 +50,7 @@ def hardware(
     show: Annotated[
         str | None, typer.Option(metavar="NAME", help="Print a description, to be copied and changed, and stop.")
     ] = None,
+    down_axis: DOWN_AXIS = "hidden",
     dtype: DTYPE = None,
     json_file: JSON_FILE = None,
 ) -> None:
@@ -66,6 +67,7 @@ def hardware(
         command.HardwareRequest(
             model=model, plan=plan, placement=placement, rule=rule, fraction=digital, processor=processor, chip=chip,
             link=link, batch=batch, context=context, prompt=prompt, routing=routing, save_routing=save_routing,
-            text=text, tokens=tokens, seq=seq, explain=explain, dtype=dtype, json_file=json_file,
+            text=text, tokens=tokens, seq=seq, explain=explain, down_axis=down_axis, seed=0,
+            dtype=dtype, json_file=json_file,
         )
     )  # fmt: skip

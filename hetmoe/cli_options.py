@@ -58,3 +58,7 @@ SEEDS = Annotated[int, typer.Option(help="Noise seeds.")]
 SEED = Annotated[int, typer.Option(help="Base seed.")]
 RUN_DTYPE = Annotated[str, typer.Option(help="float32, bfloat16 or float16 for weights and activations.")]
 JSON_FILE = Annotated[Path | None, typer.Option("--json", help="Write results with provenance.")]
+
+PROCESSOR = Annotated[str, typer.Option(help="Digital unit: a name of 'hetmoe hardware --list', or a TOML file.")]
+CHIP = Annotated[str, typer.Option(help="Analog chips: a name of 'hetmoe hardware --list', or a TOML file.")]
+LINK = Annotated[str, typer.Option(help="Between both: a name of 'hetmoe hardware --list', or a TOML file.")]

@@ -67,17 +67,17 @@ class TomlTable:
 
     def finish(self) -> None:
         """Raises InputError if the table has a key that was not asked for."""
+        self.only(self._asked)
+
+    def only(self, keys: Sequence[str]) -> None:
+        """Raises InputError if the table has another key than these."""
         for key in self._content:
-            if key not in self._asked:
-                raise self.error(key, f"unknown key {key!r}; valid are {', '.join(self._asked)}")
+            if key not in keys:
+                raise self.error(key, f"unknown key {key!r}; valid are {', '.join(keys)}")
 
     def has(self, key: str) -> bool:
         """Whether the table holds a key."""
         return key in self._content
-
-    def allow(self, key: str) -> None:
-        """Counts a key as asked for that may be absent."""
-        self._asked.append(key)
 
     def entry(self, key: str, form: str) -> "TomlTable":
         """A required table within a line; `form` shows what one looks like."""

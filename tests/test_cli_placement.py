@@ -15,6 +15,7 @@ from hetmoe.evaluate.calibration_file import load_calibration
 from hetmoe.evaluate.noise_sweep import Point
 from hetmoe.evaluate.prepare import unevaluated_text
 from hetmoe.evaluate.text import heldout_files
+from hetmoe.hardware.description import open_description
 from hetmoe.placement.budget import digital_cost
 from hetmoe.placement.energy_costs import energy_costs
 from hetmoe.placement.module_scores import module_parameters
@@ -117,7 +118,10 @@ def test_energy_budget_prefers_what_costs_little(run: Run, tmp_path: Path, model
     windows, _ = unevaluated_text(model, heldout_files(), tokens=512, seq=64)
     stored = hetmoe.load_model("reference")  # in the dtype that `place` reads it in
     share = hetmoe.score_experts(stored, "activation_frequency", tokens=jnp.asarray(windows.tokens[:, :-1]))
-    costs = np.asarray(energy_costs(model.config, np.asarray(share)).experts)
+    hardware = {
+        "digital": open_description("a100-80gb", "digital"), "analog": open_description("ibm-3d-cim", "analog"),
+    }  # fmt: skip
+    costs = np.asarray(energy_costs(model.config, np.asarray(share), **hardware).experts)
     digital = ~np.asarray(plan.experts)
     np.testing.assert_allclose(made_by["digital_cost"], costs[digital].sum(), rtol=1e-3)
     assert costs[digital].sum() <= 0.25 * costs.sum() * (1 + 1e-9)

@@ -9,11 +9,13 @@ import numpy as np
 
 from hetmoe.checkpoint import orbax_directory
 from hetmoe.checkpoint.load import load_model, model_directory, model_name, open_checkpoint, open_config, parse_dtype
+from hetmoe.commands.one_placement import PlacementOptions
 from hetmoe.errors import InputError
 from hetmoe.models.config import ModelConfig
 from hetmoe.models.model import Model, model_fingerprint
-from hetmoe.placement.plan import PLACEMENTS, Plan, place
+from hetmoe.placement.plan import PLACEMENTS, Plan, place, plan_shapes
 from hetmoe.placement.plan_file import read_plan
+from hetmoe.placement.scores import RANDOM, check_down_axis
 from hetmoe.placement.streaming import STREAMED, stored_identity, stream_scores
 from hetmoe.quantize.layout import QuantizedLayout, layout_of
 
@@ -85,42 +87,44 @@ def _size(dtype: Any) -> float:
     return float(jnp.dtype(dtype).itemsize)
 
 
-def plan_of(
-    described: DescribedModel, plan: Path | None, placement: str | None, rule: str | None, fraction: float | None
-) -> tuple[str, Plan]:
-    """(name, plan) by a file, a name, or a rule that needs no text with a fraction of digital experts.
+def plan_of(described: DescribedModel, chosen: PlacementOptions, *, uniform: bool) -> tuple[str, Plan]:
+    """(name, plan) by a file, a name, or a rule that needs no text; all experts analog where nothing is chosen.
+
+    Where all experts are chosen equally often (`uniform`), a fraction without a rule needs no weights: any experts do.
 
     Raises:
         InputError: for a plan of another model, a rule that needs text, or quantized experts on crossbars.
     """
-    config = described.config
-    if plan is not None:
-        found = read_plan(plan, config, name=described.name, identity=described.identity, layout=described.layout)
-        name = f"plan {plan.stem}"
-    elif placement is not None or (rule is None and fraction is None):
-        placement = placement or ("all_digital" if described.layout is not None else "experts_analog")
-        found, name = PLACEMENTS[placement](config), placement.replace("_", " ")
+    config, layout = described.config, described.layout
+    if chosen.plan is not None:
+        plan = read_plan(chosen.plan, config, name=described.name, identity=described.identity, layout=layout)
+        name = f"plan {chosen.plan.stem}"
+    elif chosen.rule is None and chosen.fraction is not None and uniform and described.identity is None:
+        plan = place(np.zeros(plan_shapes(config)["experts"]), chosen.fraction)
+        name = f"{chosen.fraction:.1%} of experts digital, whichever they are"
+    elif chosen.rule is not None or chosen.fraction is not None:
+        rule = chosen.rule or "max_neuron_norm"
+        fraction = 0.125 if chosen.fraction is None else chosen.fraction
+        plan, name = place(_scores(described, rule, chosen.down_axis), fraction), f"{rule} {fraction:.1%} digital"
     else:
-        chosen, share = rule or "max_neuron_norm", 0.125 if fraction is None else fraction
-        found, name = place(_scores(described, chosen), share), f"{chosen} {share:.1%} digital"
-    if described.layout is not None:
-        quantized = (described.layout.bits() > 0).any(axis=-1)
-        if (wrong := np.argwhere(np.asarray(found.experts) & quantized)).size:
-            layer, expert = wrong[0].tolist()
-            raise InputError(
-                f"{name} puts expert {expert} of layer {layer} (of those with experts) on crossbars, which is "
-                f"quantized in {described.name!r}: give the plan that lies beside the model (--plan)"
-            )
-    return name, found
+        placement = chosen.placement or ("experts_analog" if layout is None else "all_digital")
+        plan, name = PLACEMENTS[placement](config), placement.replace("_", " ")
+    if layout is not None and (wrong := np.argwhere(np.asarray(plan.experts) & (layout.bits() > 0).any(axis=-1))).size:
+        layer, expert = wrong[0].tolist()
+        raise InputError(
+            f"{name} puts expert {expert} of layer {layer} (of those with experts) on crossbars, which is quantized in "
+            f"{described.name!r}: give the plan that lies beside the model (--plan)"
+        )
+    return name, plan
 
 
-def _scores(described: DescribedModel, rule: str) -> np.ndarray:
-    if rule not in STREAMED or rule == "random":
-        usable = ", ".join(name for name in STREAMED if name != "random")
+def _scores(described: DescribedModel, rule: str, down_axis: str) -> np.ndarray:
+    if rule not in STREAMED or rule == RANDOM:
+        usable = ", ".join(name for name in STREAMED if name != RANDOM)
         raise InputError(f"rule {rule!r} needs text or seeds: use {usable}, or give a plan of 'hetmoe place' (--plan)")
     if described.identity is None:
         raise InputError(
             f"{described.name}: rule {rule!r} needs weights, which are not on this machine: give --placement, or a "
             "plan (--plan)"
         )
-    return stream_scores(open_checkpoint(described.source), rule)[0]
+    return stream_scores(open_checkpoint(described.source), rule, down_axis=check_down_axis(down_axis))[0]

@@ -16,6 +16,7 @@ from hetmoe.commands.hardware_tables import (
     print_routing,
     routing_record,
 )
+from hetmoe.commands.one_placement import PlacementOptions
 from hetmoe.errors import InputError
 from hetmoe.evaluate.provenance import provenance
 from hetmoe.evaluate.text import load_windows, split_windows
@@ -37,14 +38,10 @@ MOST_CONTEXT = 1024  # of the default, where the model has more
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HardwareRequest:
+class HardwareRequest(PlacementOptions):
     """The options of `hetmoe hardware`, named as there."""
 
     model: str
-    plan: Path | None
-    placement: str | None
-    rule: str | None
-    fraction: float | None
     processor: str
     chip: str
     link: str
@@ -62,9 +59,10 @@ class HardwareRequest:
 
     def check(self) -> None:
         """Raises InputError for values that are wrong whatever the model."""
-        for name, least in (("batch", 1), ("tokens", 1), ("seq", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"--{name} {getattr(self, name)} must be at least {least}")
+        for name in ("batch", "tokens", "seq"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} {getattr(self, name)} must be at least 1")
+        self.check_placement()
         if self.text is not None and self.how_routed not in (None, TEXT):
             raise InputError(f"--text is for routing that is measured: leave out --routing {self.routing}")
         if self.save_routing is not None and self.how_routed != TEXT:
@@ -104,12 +102,12 @@ def run(request: HardwareRequest) -> None:
     console, how = make_console(), request.how_routed
     described = describe_model(request.model, request.dtype, load=how == TEXT)
     config = described.config
-    name, plan = plan_of(described, request.plan, request.placement, request.rule, request.fraction)
+    name, plan = plan_of(described, request, uniform=how == UNIFORM)
     where = _deployment(described, plan)
     statistics = _statistics(request, described, how)
     frequency = uniform_frequency(config) if statistics is None else statistics.frequency
-    context = request.context or min(config.max_position_embeddings, MOST_CONTEXT)
-    prompt = request.prompt or context
+    context = min(config.max_position_embeddings, MOST_CONTEXT) if request.context is None else request.context
+    prompt = context if request.prompt is None else request.prompt
     steps = {
         f"decode: batch {request.batch}, context {context}": decode_step(config, frequency, request.batch, context),
         f"prefill: {request.batch} x {prompt} tokens": prefill_step(config, frequency, request.batch, prompt),

@@ -21,6 +21,7 @@ from hetmoe.evaluate.prepare import unevaluated_text
 from hetmoe.evaluate.rules import SCORE_STREAM
 from hetmoe.evaluate.text import Windows
 from hetmoe.files import check_writable
+from hetmoe.hardware.description import open_description
 from hetmoe.models.config import ModelConfig
 from hetmoe.models.model import Model, model_fingerprint
 from hetmoe.placement.budget import digital_cost, place_within
@@ -60,6 +61,8 @@ class PlaceRequest:
     calibration: Path | None
     energy_batch: int
     energy_bytes: float
+    processor: str
+    chip: str
     dtype: str | None
 
     def check(self) -> AnalogSpec:
@@ -85,6 +88,9 @@ class PlaceRequest:
                 "--budget parameters or energy"
             )
         check_down_axis(self.down_axis)
+        if self.budget == "energy":
+            open_description(self.processor, "digital")
+            open_description(self.chip, "analog")
         if self.output is not None:
             check_writable(self.output)
         return analog_spec(
@@ -210,7 +216,11 @@ def _costs(request: PlaceRequest, model: Model, sample: Windows | None) -> Modul
     if request.budget != "energy":
         return module_parameters(model.config)
     share = _expert_scores(request, model, "activation_frequency", sample)
-    return energy_costs(model.config, share, batch=request.energy_batch, bytes_per_weight=request.energy_bytes)
+    return energy_costs(
+        model.config, share, digital=open_description(request.processor, "digital"),
+        analog=open_description(request.chip, "analog"), batch=request.energy_batch,
+        bytes_per_weight=request.energy_bytes,
+    )  # fmt: skip
 
 
 def _plan(request: PlaceRequest, scores: ModuleScores, costs: ModuleScores, config: ModelConfig) -> Plan:
@@ -240,7 +250,14 @@ def _made_by(
         "text": None if request.text is None else request.text.name,
         "tokens": request.tokens if read_text else None,
         "seq": request.seq if read_text else None,
-        "energy": [request.energy_batch, request.energy_bytes] if request.budget == "energy" else None,
+        "energy": _energy(request) if request.budget == "energy" else None,
         "scores": experts,
         "dense_scores": plain,
     }
+
+
+def _energy(request: PlaceRequest) -> dict[str, Any]:
+    return {
+        "batch": request.energy_batch, "bytes": request.energy_bytes, "processor": request.processor,
+        "chip": request.chip,
+    }  # fmt: skip

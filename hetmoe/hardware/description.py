@@ -157,16 +157,15 @@ def _read(top: TomlTable) -> Description:
     fields = FIELDS[kind]
     tables = {part: top.table(part) for part in dict.fromkeys(field.partition(".")[0] for field in fields)}
     top.finish()
+    for part, table in tables.items():  # a misspelt key is named itself, not only what is then missing
+        keys = [field.partition(".")[2] for field in (*fields, MULTIPLEXING) if field.startswith(f"{part}.")]
+        table.only(keys if kind == "analog" else [key for key in keys if f"{part}.{key}" in fields])
     entries: dict[str, Quantity] = {}
     for field, about in fields.items():
         part, _, key = field.partition(".")
-        if about.optional and not tables[part].has(key):
-            tables[part].allow(key)
-        else:
+        if not about.optional or tables[part].has(key):
             entries[field] = _entry(tables[part], key, about)
     multiplexing = kind == "analog" and _flag(tables["chip"], MULTIPLEXING.partition(".")[2])
-    for table in tables.values():
-        table.finish()
     if kind == "analog":
         _check_analog(tables, entries, multiplexing)
     return Description(kind=kind, name=name, entries=entries, multiplexing=multiplexing, file=top.file)

@@ -64,6 +64,7 @@ class Estimate:
         return jnp.argmax(jnp.stack(self.parts), axis=0)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "schedule"))
 def estimate(config: ModelConfig, demand: ModelDemand, system: System, schedule: Schedule = "serial") -> Estimate:
     """One step on one system. Map over both with `jax.vmap`; `estimate_grid` is for products.
 

@@ -119,14 +119,16 @@ def layer_parts(shape: ModuleShape, of: Demand, system: System, chips: PlacedChi
     compute = of.flops / digital.rate
     from_memory = memory[0] + memory[1] + memory[2] >= compute
     queue, shared = _rounds(shape, of, analog, chips, pipelined=pipelined)
-    # The tiles of a chip are programmed one after the other.
-    programming = of.analog_used * module_tiles(shape, analog) * analog.programming_time / jnp.maximum(chips.count, 1.0)
+    programmed = chips.away * of.analog_used * module_tiles(shape, analog)
     return Parts(
         *(jnp.where(from_memory, part, 0.0) for part in memory),
         compute=jnp.where(from_memory, 0.0, compute),
         queue=queue * analog.operation_time,
         shared_tiles=shared * analog.operation_time,
-        programming=jnp.where(chips.away > 0, chips.away * programming, 0.0),
+        # The tiles of a chip are programmed one after the other.
+        programming=jnp.where(
+            programmed > 0, programmed * analog.programming_time / jnp.maximum(chips.count, 1.0), 0.0
+        ),
         link_bandwidth=of.exchanged_bytes / link.bandwidth,
         link_latency=of.transfers * link.latency,
     )
