@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from hetmoe.models.config import LatentAttention, ModelConfig
 from hetmoe.models.hardware import LayerHardware, Probe, dense_matmul
@@ -34,32 +34,57 @@ def attention_block(
     probe: Probe,
 ) -> Float[Array, "batch seq hidden"]:
     """What attention adds to the residual stream; `x` is already normed."""
-    batch, seq, hidden = x.shape
-    flat = x.reshape(batch * seq, hidden)
+    q, k, v = queries_keys_values(x, weights, config, hardware, probe, jnp.arange(x.shape[1]))
+    mixed = attend(q, k, v, scale=score_scale(config), window=config.sliding_window)
+    return project_out(mixed, weights, hardware, probe)
+
+
+def queries_keys_values(
+    x: Float[Array, "batch seq hidden"],
+    weights: Attention,
+    config: ModelConfig,
+    hardware: LayerHardware | None,
+    probe: Probe,
+    positions: Int[Array, "seq"],
+) -> tuple[Float[Array, "batch seq heads dim"], Float[Array, "batch seq kv dim"], Float[Array, "batch seq kv value"]]:
+    """Turned queries and keys, and values, of normed states at `positions`; latents are expanded."""
+    flat = x.reshape(-1, x.shape[-1])
 
     def project(inputs: Array, name: str) -> Array:
-        out = dense_matmul(inputs, getattr(weights, name), name, hardware)
-        bias = getattr(weights, f"{name}_bias", None)
-        return out if bias is None else out + bias[None]
+        return _project(inputs, weights, name, hardware)
 
     def heads(values: Array, count: int) -> Array:
-        return rearrange(values, "(b s) (n d) -> b s n d", b=batch, n=count)
+        return rearrange(values, "(b s) (n d) -> b s n d", b=x.shape[0], n=count)
 
     probe.single("attention_in", flat)
     if config.latent is None:
-        q, k, v = _plain(flat, weights, config, project, heads)
-        scale = config.head_dim**-0.5
-    else:
-        q, k, v = _latent(flat, weights, config, config.latent, project, heads, probe)
-        scale = config.head_dim**-0.5 * latent_score_factor(config.rope)
-    mixed = attend(q, k, v, scale=scale, window=config.sliding_window).reshape(batch * seq, -1)
-    probe.single("attention_out", mixed)
-    return project(mixed, "o").reshape(x.shape)
+        return _plain(flat, weights, config, project, heads, positions)
+    return _latent(flat, weights, config, config.latent, project, heads, probe, positions)
+
+
+def score_scale(config: ModelConfig) -> float:
+    """What attention scores are multiplied by."""
+    return config.head_dim**-0.5 * (1.0 if config.latent is None else latent_score_factor(config.rope))
+
+
+def project_out(
+    mixed: Float[Array, "batch seq width"], weights: Attention, hardware: LayerHardware | None, probe: Probe
+) -> Float[Array, "batch seq hidden"]:
+    """The output projection of what attention mixed."""
+    flat = mixed.reshape(-1, mixed.shape[-1])
+    probe.single("attention_out", flat)
+    return _project(flat, weights, "o", hardware).reshape(*mixed.shape[:-1], -1)
+
+
+def _project(inputs: Array, weights: Attention, name: str, hardware: LayerHardware | None) -> Array:
+    out = dense_matmul(inputs, getattr(weights, name), name, hardware)
+    bias = getattr(weights, f"{name}_bias", None)
+    return out if bias is None else out + bias[None]
 
 
 def _plain(
     x: Array, weights: Attention, config: ModelConfig, project: Callable[[Array, str], Array],
-    heads: Callable[[Array, int], Array],
+    heads: Callable[[Array, int], Array], positions: Array,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     q, k, v = project(x, "q"), project(x, "k"), project(x, "v")
     eps = config.rms_norm_eps
@@ -70,13 +95,12 @@ def _plain(
     q, k, v = heads(q, config.num_heads), heads(k, config.num_kv_heads), heads(v, config.num_kv_heads)
     if config.qk_norm == "head":
         q, k = rms_norm(q, weights.q_norm, eps), rms_norm(k, weights.k_norm, eps)
-    positions = jnp.arange(q.shape[1])
     return rotary(q, positions, config.rope), rotary(k, positions, config.rope), v
 
 
 def _latent(
     x: Array, weights: Attention, config: ModelConfig, latent: LatentAttention,
-    project: Callable[[Array, str], Array], heads: Callable[[Array, int], Array], probe: Probe,
+    project: Callable[[Array, str], Array], heads: Callable[[Array, int], Array], probe: Probe, positions: Array,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """Queries, keys and values of latent attention (DeepSeek-V2, arXiv 2405.04434, eqs. 9-19), latents expanded."""
     if latent.query_rank is None:
@@ -90,7 +114,6 @@ def _latent(
     probe.single("kv_latent", content)
     kv = heads(project(content, "kv_b"), config.num_heads)
     q, shared_key = heads(q, config.num_heads), heads(compressed[:, latent.kv_rank :], 1)
-    positions = jnp.arange(q.shape[1])
     split = latent.content_dim
     turned_q = rotary(q[..., split:], positions, config.rope)
     turned_k = rotary(shared_key, positions, config.rope)
@@ -102,20 +125,22 @@ def _latent(
 
 def attend(
     q: Float[Array, "batch seq heads dim"],
-    k: Float[Array, "batch seq kv_heads dim"],
-    v: Float[Array, "batch seq kv_heads value"],
+    k: Float[Array, "batch keys kv_heads dim"],
+    v: Float[Array, "batch keys kv_heads value"],
     *,
     scale: float,
     window: int | None,
+    first: Int[Array, ""] | int = 0,
 ) -> Float[Array, "batch seq q_width"]:
     """Causal attention; softmax in float32.
 
     Args:
         q: queries, turned; consecutive heads share a key head.
-        k: keys, turned.
+        k: keys, turned, of positions from 0 on.
         v: values.
         scale: multiplies the scores.
         window: how many positions a query sees, itself included; None = all up to its own.
+        first: position of the first query.
     """
     batch, seq, heads, _ = q.shape
     kv_heads = k.shape[2]
@@ -131,7 +156,7 @@ def attend(
         count = part.shape[2]
         flat = rearrange(part, "h g s d -> h (g s) d")
         scores = jnp.matmul(flat, k, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
-        behind = positions[:, None] - jnp.arange(seq)[None, :]
+        behind = positions[:, None] - jnp.arange(k.shape[2])[None, :]
         seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
         scores = jnp.where(jnp.tile(seen, (groups, 1))[None], scores, -jnp.inf)
         exp = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
@@ -142,12 +167,12 @@ def attend(
         return rearrange(out, "h (g s) d -> h g s d", s=count)
 
     if seq <= LONG:
-        out = rows(q, jnp.arange(seq))
+        out = rows(q, first + jnp.arange(seq))
     else:
         pad = -seq % QUERY_CHUNK
         parts = rearrange(jnp.pad(q, ((0, 0), (0, 0), (0, pad), (0, 0))), "h g (c s) d -> c h g s d", s=QUERY_CHUNK)
         # Padding rows repeat the last position: they are dropped, and a row that sees nothing would be NaN.
-        positions = jnp.minimum(jnp.arange(seq + pad), seq - 1).reshape(-1, QUERY_CHUNK)
+        positions = first + jnp.minimum(jnp.arange(seq + pad), seq - 1).reshape(-1, QUERY_CHUNK)
         out = jax.lax.map(lambda chunk: jax.checkpoint(rows)(*chunk), (parts, positions))
         out = rearrange(out, "c h g s d -> h g (c s) d")[:, :, :seq]
     return rearrange(out, "(b n) g s d -> b s (n g d)", b=batch)

@@ -4,14 +4,12 @@ import jax
 import jax.numpy as jnp
 
 from hetmoe.errors import InputError
+from hetmoe.models.decode import empty_cache, extend
 from hetmoe.models.model import Model
-from hetmoe.models.transformer import head_matrix, hidden_states
 
 
 def greedy(model: Model, prompt: str, tokens: int) -> str:
-    """The most likely continuation, token by token; digital, and without a key-value cache.
-
-    Every step runs the whole window, which is padded to a fixed length so that one compile serves all steps.
+    """The most likely continuation, token by token; digital.
 
     Raises:
         InputError: if the model has no tokenizer, or prompt and continuation exceed its context.
@@ -26,13 +24,12 @@ def greedy(model: Model, prompt: str, tokens: int) -> str:
             f"prompt of {len(ids)} tokens and {tokens} more must be at least one each and fit the context of "
             f"{model.config.max_position_embeddings}"
         )
-
-    @jax.jit
-    def next_token(params: object, window: jax.Array, last: jax.Array) -> jax.Array:
-        hidden, _, _ = hidden_states(params, window, model.config)  # pyright: ignore[reportArgumentType]
-        return jnp.argmax(hidden[0, last] @ head_matrix(params))  # pyright: ignore[reportArgumentType]
-
-    window = jnp.zeros((1, length), jnp.int32).at[0, : len(ids)].set(jnp.asarray(ids))
-    for position in range(len(ids), length):
-        window = window.at[0, position].set(next_token(model.params, window, jnp.asarray(position - 1)))
-    return model.tokenizer.decode([int(t) for t in window[0, len(ids) :]])
+    run = jax.jit(extend, static_argnames="config", donate_argnames="cache")
+    cache = empty_cache(model.config, 1, length, model.params.embed.dtype)
+    logits, cache = run(model.params, jnp.asarray([ids], jnp.int32), cache, model.config)
+    found: list[int] = []
+    for left in range(tokens, 0, -1):
+        found.append(int(jnp.argmax(logits[0])))
+        if left > 1:
+            logits, cache = run(model.params, jnp.asarray([found[-1:]], jnp.int32), cache, model.config)
+    return model.tokenizer.decode(found)

@@ -47,11 +47,22 @@ def decoder_layer(
 
     `implementation` is that of the routed experts; dense modules on crossbars have theirs from `hardware`.
     """
-    eps = config.rms_norm_eps
     with jax.named_scope("attention"):
-        normed = rms_norm(x, layer.input_norm, eps)
+        normed = rms_norm(x, layer.input_norm, config.rms_norm_eps)
         x = x + attention_block(normed, layer.attention, config, hardware, probe)
-    normed = rms_norm(x, layer.ffn_norm, eps).reshape(-1, x.shape[-1])
+    return behind_attention(x, layer, config, hardware, probe, implementation)
+
+
+def behind_attention(
+    x: Array,
+    layer: Layer | DenseLayer,
+    config: ModelConfig,
+    hardware: LayerHardware | None,
+    probe: Probe,
+    implementation: str | None,
+) -> LayerResult:
+    """The second half of `decoder_layer`: experts or a dense feed-forward network."""
+    normed = rms_norm(x, layer.ffn_norm, config.rms_norm_eps).reshape(-1, x.shape[-1])
     routing = None
     if isinstance(layer, Layer):
         with jax.named_scope("moe"):
@@ -64,13 +75,13 @@ def decoder_layer(
 
 
 def scan_layers(
-    step: Callable[[Array, Any], tuple[Array, Any]],
-    x: Float[Array, "batch seq hidden"],
+    step: Callable[[Any, Any], tuple[Any, Any]],
+    x: Any,
     params: Params,
     config: ModelConfig,
     extras: dict[bool, Any],
-) -> tuple[Array, dict[bool, Any]]:
-    """Runs `step(x, (layer, extra)) -> (x, result)` over all layers in model order.
+) -> tuple[Any, dict[bool, Any]]:
+    """Runs `step(x, (layer, extra)) -> (x, result)` over all layers in model order; `x` is the residual stream, or more.
 
     `extras` and the results have one entry for the layers with experts (True) and one for those without, stacked on a
     leading axis; the result of a kind that the model lacks is None.
