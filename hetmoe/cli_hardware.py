@@ -5,7 +5,22 @@ from typing import Annotated
 
 import typer
 
-from hetmoe.cli_options import CHIP, DOWN_AXIS, DTYPE, JSON_FILE, LINK, MODEL, PROCESSOR, SEQ, TEXT
+from hetmoe.cli_options import (
+    CHIP,
+    COMPENSATION,
+    DEVICE,
+    DOWN_AXIS,
+    DTYPE,
+    JSON_FILE,
+    LINK,
+    MODEL,
+    ONE_NOISE_SCALE,
+    PROCESSOR,
+    SEED,
+    SEQ,
+    TEXT,
+    TIME,
+)
 
 
 def add_hardware_commands(app: typer.Typer) -> None:
@@ -14,6 +29,10 @@ def add_hardware_commands(app: typer.Typer) -> None:
         epilog="Example: hetmoe hardware reference --rule max_neuron_norm --digital 0.125 --processor a100-80gb "
         "--chip hermes-64core --batch 32 --explain"
     )(hardware)
+    app.command(
+        epilog="Example: hetmoe allocate reference --levels 2,3,4 --max-bytes 1000000 --max-tiles 300 --noise-scale 5 "
+        "--report -o DIR"
+    )(allocate)
 
 
 def hardware(
@@ -68,6 +87,53 @@ def hardware(
             model=model, plan=plan, placement=placement, rule=rule, fraction=digital, processor=processor, chip=chip,
             link=link, batch=batch, context=context, prompt=prompt, routing=routing, save_routing=save_routing,
             text=text, tokens=tokens, seq=seq, explain=explain, down_axis=down_axis, seed=0,
+            dtype=dtype, json_file=json_file,
+        )
+    )  # fmt: skip
+
+
+def allocate(
+    model: MODEL = "reference",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory for plan and model; must be new.")
+    ] = None,
+    levels: Annotated[str, typer.Option(help="Bits that a digital expert may have.")] = "2,3,4,8",
+    max_bytes: Annotated[int | None, typer.Option(help="Of all digital experts' weights.")] = None,
+    max_energy: Annotated[str | None, typer.Option(help="Per token, of all experts' matmuls, such as '20 uJ'.")] = None,
+    max_tiles: Annotated[int | None, typer.Option(help="Of crossbars, for analog experts.")] = None,
+    no_plain: Annotated[bool, typer.Option("--no-plain", help="Digital experts must be quantized.")] = False,
+    quantizer: Annotated[str, typer.Option(help="rtn, hqq or gptq.")] = "hqq",
+    group: Annotated[int, typer.Option(help="Rows that share a step: 32, 64 or 128.")] = 128,
+    device: DEVICE = "pcm",
+    noise_scale: ONE_NOISE_SCALE = 1.0,
+    time: TIME = None,
+    drift_compensation: COMPENSATION = False,
+    processor: PROCESSOR = "a100-80gb",
+    chip: CHIP = "ibm-3d-cim",
+    batch: Annotated[int, typer.Option(help="Sequences decoded together, for the energy.")] = 32,
+    text: TEXT = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of text that losses are estimated on.")] = 4096,
+    seq: SEQ = 256,
+    seed: SEED = 0,
+    report: Annotated[bool, typer.Option("--report", help="Also one error bound, and the measured error.")] = False,
+    report_tokens: Annotated[int, typer.Option(help="Tokens of text for --report.")] = 512,
+    report_seeds: Annotated[int, typer.Option(help="Noise seeds for --report.")] = 8,
+    dtype: DTYPE = None,
+    json_file: JSON_FILE = None,
+) -> None:
+    """Decide for every expert: analog, or digital at so many bits, with the least expected loss within budgets.
+
+    Device noise and quantization are weighed in one currency, and the choice is exact. Writes the quantized model with
+    its plan, which eval, hardware and the other commands take.
+    """
+    from hetmoe.commands.allocate import AllocateRequest, run
+
+    run(
+        AllocateRequest(
+            model=model, output=output, levels=levels, max_bytes=max_bytes, max_energy=max_energy, max_tiles=max_tiles,
+            no_plain=no_plain, quantizer=quantizer, group=group, device=device, noise_scale=noise_scale, time_s=time,
+            drift_compensation=drift_compensation, processor=processor, chip=chip, batch=batch, text=text,
+            tokens=tokens, seq=seq, seed=seed, report=report, report_tokens=report_tokens, report_seeds=report_seeds,
             dtype=dtype, json_file=json_file,
         )
     )  # fmt: skip

@@ -71,3 +71,19 @@ def convert(value: float, unit: str, wanted: str) -> float:
         return float(registry.Quantity(value, given).to(wanted).magnitude)
     except pint.DimensionalityError:
         raise InputError(f"unit {unit!r} does not fit: use a unit like {wanted!r}") from None
+
+
+def parse_quantity(text: str, wanted: str) -> float:
+    """A value with its unit, such as "20 uJ", in the unit `wanted`.
+
+    Raises:
+        InputError: for anything else, and as `convert`.
+    """
+    number, _, unit = text.strip().partition(" ")
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if not unit.strip() or math.isnan(value):
+        raise InputError(f"{text!r} must be a number, a space and a unit like {wanted!r}")
+    return convert(value, unit.strip(), wanted)

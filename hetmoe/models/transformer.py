@@ -81,7 +81,7 @@ def scan_layers(
     config: ModelConfig,
     extras: dict[bool, Any],
 ) -> tuple[Any, dict[bool, Any]]:
-    """Runs `step(x, (layer, extra)) -> (x, result)` over all layers in model order; `x` is the residual stream, or more.
+    """Runs `step(x, (layer, extra)) -> (x, result)` over all layers in model order; `x` holds the residual stream.
 
     `extras` and the results have one entry for the layers with experts (True) and one for those without, stacked on a
     leading axis; the result of a kind that the model lacks is None.

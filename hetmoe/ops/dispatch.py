@@ -33,7 +33,8 @@ def choose_block_size(copies: int, experts: int) -> int:
     Padding wastes about half a block per expert; a matmul of fewer than 64 rows wastes the core. Measured on two CPU
     cores at 128 x 128 matrices (`experiments/bench_cpu.py`): 16 to 64 are within 5 %, 256 takes 1.4 times as long. A
     decoding step reads an expert for a row or two: single rows take the path of matrix times vector, which reads
-    weights 2 to 4 times as fast as a matmul of 8 rows does (OLMoE's 64 experts, 1 and 8 tokens). In a program for any number of tokens (`jax.export` with symbolic dimensions) it is `ANY_LOAD`.
+    weights 2 to 4 times as fast as a matmul of 8 rows does (OLMoE's 64 experts, 1 and 8 tokens, two cores). In a
+    program for any number of tokens (`jax.export` with symbolic dimensions) it is `ANY_LOAD`.
     """
     if is_symbolic_dim(copies):
         return ANY_LOAD

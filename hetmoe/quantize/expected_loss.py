@@ -43,6 +43,7 @@ class ExpectedIncrease:
 
     gradient: Float[np.ndarray, "layers experts matrices levels"]  # g . d
     curvature: Float[np.ndarray, "layers experts matrices levels"]  # d' F d / 2, at least 0
+    expert_curvature: Float[np.ndarray, "layers experts levels"]  # the same with all matrices of an expert changed
     standard_error: Float[np.ndarray, "layers experts matrices levels"]  # of their sum, over the sequences of the text
 
     @property
@@ -90,6 +91,7 @@ def expected_increase(
     return ExpectedIncrease(
         gradient=np.mean(gradient, axis=0),
         curvature=np.mean(curvature, axis=0),
+        expert_curvature=np.mean(np.square(sampled.sum(axis=-2)), axis=0) / (2 * tokens),
         standard_error=np.std(total, axis=0, ddof=1) / np.sqrt(len(total)),
     )
 

@@ -1,0 +1,1 @@
+"""One decision for every expert: analog, or digital at so many bits."""
