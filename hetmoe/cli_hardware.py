@@ -17,6 +17,7 @@ from hetmoe.cli_options import (
     ONE_NOISE_SCALE,
     PROCESSOR,
     SEED,
+    SEEDS,
     SEQ,
     TEXT,
     TIME,
@@ -33,6 +34,7 @@ def add_hardware_commands(app: typer.Typer) -> None:
         epilog="Example: hetmoe allocate reference --levels 2,3,4 --max-bytes 1000000 --max-tiles 300 --noise-scale 5 "
         "--report -o DIR"
     )(allocate)
+    app.command(epilog="Example: hetmoe pareto reference --noise-scale 5 --batch 1 --batch 32 -o front")(pareto)
 
 
 def hardware(
@@ -135,5 +137,63 @@ def allocate(
             drift_compensation=drift_compensation, processor=processor, chip=chip, batch=batch, text=text,
             tokens=tokens, seq=seq, seed=seed, report=report, report_tokens=report_tokens, report_seeds=report_seeds,
             dtype=dtype, json_file=json_file,
+        )
+    )  # fmt: skip
+
+
+def pareto(
+    source: Annotated[
+        str, typer.Argument(help="A model, whose deployments are measured, or the directory of a sweep's store.")
+    ] = "reference",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory to write; must be new.")] = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(help="Of placement; repeatable; default max_neuron_norm, noise_sensitivity, activation_weight."),
+    ] = None,
+    digital: Annotated[
+        list[float] | None, typer.Option(help="Fraction of digital experts; repeatable; default 0.125, 0.25, 0.5.")
+    ] = None,
+    bits: Annotated[
+        list[int] | None, typer.Option(help="Of digital experts, 16 = not quantized; repeatable; default 3, 4, 8, 16.")
+    ] = None,
+    joint: Annotated[
+        bool, typer.Option(help="Also assignments of 'hetmoe allocate' with as many bytes and tiles.")
+    ] = True,
+    batch: Annotated[list[int] | None, typer.Option(help="Repeatable; default 1, 8, 32, 128.")] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Positions of a decoded sequence; default 1024, or the model's context.")
+    ] = None,
+    schedule: Annotated[str, typer.Option(help="serial or overlap.")] = "serial",
+    processor: PROCESSOR = "a100-80gb",
+    chip: CHIP = "ibm-3d-cim",
+    link: LINK = "pcie4-x16",
+    device: DEVICE = "pcm",
+    noise_scale: ONE_NOISE_SCALE = 1.0,
+    time: TIME = None,
+    drift_compensation: COMPENSATION = False,
+    quantizer: Annotated[str, typer.Option(help="rtn or hqq.")] = "hqq",
+    group: Annotated[int, typer.Option(help="Rows that share a step: 32, 64 or 128.")] = 128,
+    text: TEXT = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to evaluate.")] = 8192,
+    seq: SEQ = 256,
+    seeds: SEEDS = 4,
+    seed: SEED = 0,
+) -> None:
+    """Deployments that no other beats in perplexity, energy per token and tokens per second.
+
+    Of a model, all combinations of rule, digital fraction and bits are measured over noise seeds; of a sweep's store,
+    the points that it has. Each is estimated on the described hardware at every batch.
+    """
+    from hetmoe.commands.pareto import ParetoRequest, run
+
+    run(
+        ParetoRequest(
+            source=source, output=output,
+            rules=["max_neuron_norm", "noise_sensitivity", "activation_weight"] if rule is None else rule,
+            fractions=[0.125, 0.25, 0.5] if digital is None else digital, bits=[3, 4, 8, 16] if bits is None else bits,
+            joint=joint, batches=[1, 8, 32, 128] if batch is None else batch, context=context, schedule=schedule,
+            processor=processor, chip=chip, link=link, device=device, noise_scale=noise_scale, time_s=time,
+            drift_compensation=drift_compensation, quantizer=quantizer, group=group, text=text, tokens=tokens, seq=seq,
+            seeds=seeds, seed=seed,
         )
     )  # fmt: skip

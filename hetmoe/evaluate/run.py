@@ -109,6 +109,7 @@ def evaluate_seeds(
     config: ModelConfig,
     weights: str = "stored",
     implementation: str | None = None,
+    targets: Params | None = None,
 ) -> Totals:
     """Totals `[seeds, placements]`: all placements of a seed run on the same chip.
 
@@ -127,13 +128,15 @@ def evaluate_seeds(
         config: static.
         weights: `"stored"` (programmed once for all text), `"layer"` or `"kernel"` (`seeded_weights`); static.
         implementation: as in `forward`; static.
+        targets: what crossbars are programmed with; None = `params`. For stored weights only: digital experts may then
+            be those of a quantized model, as the values that their codes stand for, in one program for all precisions.
     """
     dense = plans.switches_dense
 
     def one_seed(seed: tuple[jax.Array, Plan]) -> Totals:
         key, seed_plans = seed
         if weights == "stored":
-            programmed = program(key, params, spec, dense=dense)
+            programmed = program(key, params if targets is None else targets, spec, dense=dense)
         else:
             programmed = seeded_weights(key, dense=dense, when=weights)  # pyright: ignore[reportArgumentType]
 

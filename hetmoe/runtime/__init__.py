@@ -1,0 +1,1 @@
+"""A deployment that is watched and changed while it runs."""
