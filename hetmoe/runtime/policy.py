@@ -1,21 +1,22 @@
 """The policy: a pure state machine `(knowledge, state, observation) -> (state, actions)`.
 
-What is known beforehand (`Knowledge`): the expected loss increase of every expert under the device's noise right after
-programming, and under a change of scale; how noise grows with age; energies of experts on either technology and of
-actions. What is observed: probes of all analog copies, the time since each was programmed, and the energy budget.
+Known beforehand (`Knowledge`): what every expert is expected to lose under the device's noise right after programming
+and under an error of scale, how noise grows with age, and what running and acting cost in energy. Observed: probes of
+all analog copies, their ages (the drift clock), the energy budget, and the tokens until the next observation.
 
-Every decision is a comparison of joules: a nat of loss per token is worth `joules_per_nat`, and what an action saves
-counts for the tokens until the next one (`horizon_tokens`).
+Decisions compare joules: a nat per token is worth `joules_per_nat`, and what an action saves counts for
+`horizon_tokens`.
 
-- *Recompensate* an expert's outputs by the scale that was read, if that is expected to save more than the probing
-  costs, and the reading is surer than what it corrects.
-- *Reprogram* an analog expert if its noise has grown past what it would be anew, by more than that costs.
-- *Move* experts between analog and digital: digital are those whose expected loss per extra joule is largest, as many as
-  the budget allows. An expert is moved only if that pays for the move, and not again before `dwell_s`; experts that run
-  digitally keep their place against others that are better by less than `margin`. A budget that falls below what runs
-  moves experts to analog whatever they cost.
+- *Recompensate*: outputs are divided by the scale that was read, where it is off by more than two standard errors of
+  the reading. It costs nothing beside the probing.
+- *Reprogram* an analog expert whose noise has grown past what it would be anew, where that is worth more than
+  programming costs; those that gain most first, within `action_share` of the interval's budget. What noise would be
+  anew follows from the chips' condition (temperature): the median over experts of what is read over what age explains.
+- *Move* experts between analog and digital: digital are those of the largest expected loss per extra joule, as many as
+  the budget leaves room for. Experts that are digital have a lead of `margin`; one that was moved stays for `dwell_s`,
+  and moves to digital must pay for themselves. A budget that falls moves experts to analog at once.
 
-Both copies of every expert are resident, so that a move changes one boolean of a plan (nothing is compiled again).
+Both copies of every expert are resident, so that a move changes one boolean of a plan, and nothing is compiled again.
 """
 
 from typing import NamedTuple
@@ -33,19 +34,20 @@ class Knowledge:
     """Known beforehand, and thresholds; all traced, so that one program serves every setting."""
 
     noise_loss: Float[Array, "layers experts"]  # nats per token, right after programming
-    scale_loss: Float[Array, "layers experts"]  # nats per token per squared relative error of scale
-    fresh_change: Float[Array, "layers experts"]  # expected |W' - W|^2 / |W|^2 of an expert right after programming
+    scale_loss: Float[Array, "layers experts"]  # nats per token, per squared relative error of scale
+    fresh_rest: Float[Array, "layers experts"]  # expected |rest|^2 / |W|^2 right after programming
     ages: Float[Array, "ages"]  # s, ascending
     growth: Float[Array, "ages"]  # |rest|^2 at these ages over that right after programming
     digital_energy: Float[Array, "layers experts"]  # J per token
     analog_energy: Float[Array, "layers experts"]
-    move_energy: Float[Array, ""]  # J of moving one expert to the digital unit or back
+    move_energy: Float[Array, ""]  # J of moving one expert
     program_energy: Float[Array, ""]  # J of programming one expert
     probe_energy: Float[Array, ""]  # J of probing one expert
-    joules_per_nat: Float[Array, ""]  # what a nat per token is worth
-    horizon_tokens: Float[Array, ""]  # tokens that an action counts for
-    margin: Float[Array, ""]  # relative lead that a newcomer needs
-    dwell_s: Float[Array, ""]  # s between moves of one expert
+    joules_per_nat: Float[Array, ""]
+    horizon_tokens: Float[Array, ""]
+    action_share: Float[Array, ""]  # of an interval's energy budget that programming may take
+    margin: Float[Array, ""]
+    dwell_s: Float[Array, ""]
     memory: Float[Array, ""]  # weight of the newest reading in the running mean, in (0, 1]
 
 
@@ -53,10 +55,10 @@ class Knowledge:
 class State:
     """What the policy remembers."""
 
-    analog: Bool[Array, "layers experts"]
+    analog: Bool[Array, "layers experts"]  # the plan
     noise: Float[Array, "layers experts"]  # |rest|^2 over that expected right after programming, running mean
     factor: Float[Array, "layers experts matrices"]  # that outputs are multiplied by
-    scale_error: Float[Array, "layers experts"]  # squared relative error of scale that is left, as read
+    scale_error: Float[Array, "layers experts"]  # squared relative error of scale that is left
     moved_s: Float[Array, "layers experts"]  # time of the last move
 
 
@@ -66,8 +68,8 @@ class Observation:
 
     time_s: Float[Array, ""]
     age_s: Float[Array, "layers experts"]  # since programming
-    readings: Readings  # of all analog copies, `[layers, experts, matrices]`
-    budget: Float[Array, ""]  # J per token for the experts
+    readings: Readings  # of all analog copies with their factors, `[layers, experts, matrices]`
+    budget: Float[Array, ""]  # J per token for all experts, actions included
     tokens: Float[Array, ""]  # until the next observation
 
 
@@ -80,14 +82,15 @@ class Actions(NamedTuple):
     recompensate: Bool[Array, "layers experts matrices"]
     energy: Float[Array, ""]  # J of these actions, probing included
     running: Float[Array, ""]  # J per token of the plan
-    expected: Float[Array, ""]  # nats per token of the plan, as the policy sees it
+    expected: Float[Array, ""]  # nats per token that the plan loses, as the policy sees it
 
 
-def initial_state(knowledge: Knowledge, budget: float) -> State:
-    """Fresh chips, and the best plan for them within a budget."""
+def initial_state(knowledge: Knowledge, budget: Float[Array, ""] | float) -> State:
+    """Fresh chips, and the plan for them within a budget."""
     shape = knowledge.noise_loss.shape
+    room = jnp.float32(budget) - jnp.sum(knowledge.analog_energy)
     return State(
-        analog=~_within(knowledge.noise_loss, _extra(knowledge), _room(knowledge, jnp.float32(budget))),
+        analog=~best_within(knowledge.noise_loss, _extra(knowledge), room),
         noise=jnp.ones(shape, jnp.float32),
         factor=jnp.ones((*shape, 3), jnp.float32),
         scale_error=jnp.zeros(shape, jnp.float32),
@@ -100,12 +103,13 @@ def _extra(knowledge: Knowledge) -> Array:
     return jnp.maximum(knowledge.digital_energy - knowledge.analog_energy, 0.0)
 
 
-def _room(knowledge: Knowledge, budget: Array) -> Array:
-    return budget - jnp.sum(knowledge.analog_energy)
+def best_within(
+    gain: Float[Array, "layers experts"], extra: Float[Array, "layers experts"], room: Float[Array, ""]
+) -> Bool[Array, "layers experts"]:
+    """Experts by falling gain per extra joule, each that still fits; none without gain.
 
-
-def _within(gain: Array, extra: Array, room: Array) -> Bool[Array, "layers experts"]:
-    """Experts taken by falling gain per extra joule, each that still fits; none whose gain is not positive."""
+    A greedy knapsack: within the largest single gain of the best choice, and jittable.
+    """
     flat, cost = gain.reshape(-1), extra.reshape(-1)
     density = jnp.where(flat > 0, flat / jnp.maximum(cost, 1e-30), -jnp.inf)
     order = jnp.argsort(-density, stable=True)
@@ -118,62 +122,74 @@ def _within(gain: Array, extra: Array, room: Array) -> Bool[Array, "layers exper
     return jnp.zeros(flat.shape, bool).at[order].set(taken).reshape(gain.shape)
 
 
-def step(knowledge: Knowledge, state: State, seen: Observation) -> tuple[State, Actions]:
-    """One decision; pure, and jittable."""
-    readings, know = seen.readings, knowledge
+class _Seen(NamedTuple):
+    """What probes say of the analog copies."""
+
+    noise: Array
+    scale_error: Array  # squared, before compensation
+    left: Array  # squared, after it: the readings' own error
+    off: Array  # which matrices are off
+
+
+def _perceive(know: Knowledge, state: State, readings: Readings) -> _Seen:
     size = jnp.sum(readings.size, axis=-1)
-    horizon = jnp.minimum(know.horizon_tokens, seen.tokens)
-    # What the probes say of every analog copy, whether it runs or not.
-    rest = jnp.maximum(jnp.sum(readings.rest, axis=-1), 0.0) / size / know.fresh_change
-    noise = state.noise + know.memory * (rest - state.noise)
-    off = jnp.sum(jnp.square(readings.scale - 1) * readings.size, axis=-1) / size
+    rest = jnp.maximum(jnp.sum(readings.rest, axis=-1), 0.0) / size / know.fresh_rest
+    error = jnp.square(readings.scale - 1)
+    off = error > 4 * readings.scale_variance
+    return _Seen(
+        noise=state.noise + know.memory * (rest - state.noise),
+        scale_error=jnp.sum(error * readings.size, axis=-1) / size,
+        left=jnp.sum(jnp.where(off, readings.scale_variance, error) * readings.size, axis=-1) / size,
+        off=off,
+    )
 
-    def worth(nats: Array) -> Array:
-        return nats * know.joules_per_nat * horizon
 
-    # Compensation: probing is paid for anyway, a new factor costs nothing beside it.
-    helps = (jnp.abs(readings.scale - 1) > 1e-4) & (worth(know.scale_loss * off) > 0)[..., None]
-    factor = jnp.where(helps, state.factor / readings.scale, state.factor)
-    scale_error = jnp.where(jnp.any(helps, axis=-1), 0.0, off)
+def step(knowledge: Knowledge, state: State, seen: Observation) -> tuple[State, Actions]:
+    """One decision; pure and jittable."""
+    know = knowledge
+    found = _perceive(know, state, seen.readings)
+    factor = jnp.where(found.off, state.factor / seen.readings.scale, state.factor)
 
-    # Noise beyond what programming anew would give: the chips' own condition (temperature) is the median over experts
-    # of what is seen over what their age explains.
     aged = jnp.interp(seen.age_s, know.ages, know.growth)
-    condition = jnp.median(noise / aged)
-    anew = condition * know.growth[0]
-    saved = know.noise_loss * jnp.maximum(noise - anew, 0.0)
-    reprogram = state.analog & (worth(saved) > know.program_energy)
-    noise = jnp.where(reprogram, anew, noise)
-    scale_error = jnp.where(reprogram, 0.0, scale_error)
+    anew = jnp.median(found.noise / aged) * know.growth[0]
+    worth = know.joules_per_nat * know.horizon_tokens
+    saved = worth * know.noise_loss * (found.noise - anew)
+    allowed = jnp.floor(know.action_share * seen.budget * seen.tokens / know.program_energy)
+    useful = jnp.where(state.analog & (saved > know.program_energy), saved, -jnp.inf)
+    rank = jnp.argsort(jnp.argsort(-useful.reshape(-1), stable=True), stable=True).reshape(useful.shape)
+    reprogram = jnp.isfinite(useful) & (rank < allowed)
+    noise = jnp.where(reprogram, anew, found.noise)
+    scale_error = jnp.where(reprogram, 0.0, found.left)
     factor = jnp.where(reprogram[..., None], 1.0, factor)
 
-    # Placement: what runs digitally has a lead.
+    upkeep = know.probe_energy * reprogram.size + know.program_energy * jnp.sum(reprogram)
     loss = know.noise_loss * noise + know.scale_loss * scale_error
-    extra, room = _extra(know), _room(know, seen.budget)
-    lead = jnp.where(state.analog, 1.0, 1.0 + know.margin)
-    wanted = _within(loss * lead, extra, room)  # digital
-    rested = seen.time_s - state.moved_s >= know.dwell_s
-    pays = worth(loss) - extra * horizon * 0 > know.move_energy
-    to_digital = wanted & state.analog & rested & pays
-    # Experts that lose their place make room for those that come; others stay where they are if they fit.
-    leaving = ~wanted & ~state.analog
-    staying = ~state.analog & ~leaving
-    used = jnp.sum(jnp.where(staying | to_digital, extra, 0.0))
-    kept = leaving & _within(jnp.where(leaving, loss, 0.0), extra, room - used)
-    to_analog = leaving & ~kept
+    room = seen.budget - upkeep / seen.tokens - jnp.sum(know.analog_energy)
+    to_digital, to_analog = _moves(know, state, seen, loss, room, worth)
     analog = (state.analog & ~to_digital) | to_analog
     moved = to_digital | to_analog
-
-    spent = (
-        know.probe_energy * analog.size + know.move_energy * jnp.sum(moved) + know.program_energy * jnp.sum(reprogram)
-    )
     new = State(
         analog=analog, noise=noise, factor=factor, scale_error=scale_error,
         moved_s=jnp.where(moved, seen.time_s, state.moved_s),
     )  # fmt: skip
-    running = jnp.sum(jnp.where(analog, know.analog_energy, know.digital_energy))
-    actions = Actions(
-        to_digital=to_digital, to_analog=to_analog, reprogram=reprogram, recompensate=helps & ~reprogram[..., None],
-        energy=spent, running=running, expected=jnp.sum(jnp.where(analog, loss, 0.0)),
+    return new, Actions(
+        to_digital=to_digital, to_analog=to_analog, reprogram=reprogram,
+        recompensate=found.off & ~reprogram[..., None],
+        energy=upkeep + know.move_energy * jnp.sum(moved),
+        running=jnp.sum(jnp.where(analog, know.analog_energy, know.digital_energy)),
+        expected=jnp.sum(jnp.where(analog, loss, 0.0)),
     )  # fmt: skip
-    return new, actions
+
+
+def _moves(
+    know: Knowledge, state: State, seen: Observation, loss: Array, room: Array, worth: Array
+) -> tuple[Array, Array]:
+    """(experts that become digital, experts that become analog)."""
+    extra, digital = _extra(know), ~state.analog
+    wanted = best_within(loss * jnp.where(digital, 1.0 + know.margin, 1.0), extra, room)
+    rested = seen.time_s - state.moved_s >= know.dwell_s
+    to_digital = wanted & state.analog & rested & (worth * loss > know.move_energy)
+    # Experts that lost their place keep it where those that come leave room.
+    used = jnp.sum(jnp.where((wanted & digital) | to_digital, extra, 0.0))
+    kept = best_within(jnp.where(digital & ~wanted, loss, 0.0), extra, room - used)
+    return to_digital, digital & ~wanted & ~kept

@@ -11,7 +11,8 @@ Estimates from m probes, for a chip as it is:
   `2 (|A|^2 - sum_i A_ii^2) / m` beside that of the converters (Hutchinson 1990, for signs).
 - `a' = sum <y', y> / sum |y|^2` of a. With `G = W W^T` and B the symmetric part of `R W^T`, whose trace is 0,
   `a' - a = sum x^T B x / sum x^T G x`, so to first order in 1/m its variance is `2 (|B|^2 - sum B_ii^2) / (m tr(G)^2)`
-  and its bias `-2 (<B, G> - sum B_ii G_ii) / (m tr(G)^2)`.
+  and its bias `-2 (<B, G> - sum B_ii G_ii) / (m tr(G)^2)`. From the probes alone the variance is estimated as that
+  of a ratio, `m / (m - 1) sum (<y', y> - a' |y|^2)^2 / (sum |y|^2)^2`.
 - `mean |y' - a' y|^2 - N s^2` of `|R|^2`: its bias is of order 1/m of itself (the scale is fitted to the same probes).
 """
 
@@ -26,6 +27,7 @@ class Readings(NamedTuple):
     """What probing one matrix gives; all sums of squares are estimates."""
 
     scale: Float[Array, "*matrices"]  # a'
+    scale_variance: Float[Array, "*matrices"]  # of a', from the spread of the probes
     change: Float[Array, "*matrices"]  # of |W' - W|^2
     rest: Float[Array, "*matrices"]  # of |R|^2
     size: Float[Array, "*matrices"]  # |W|^2, exactly
@@ -52,11 +54,15 @@ def read_probes(
     """
     target, count = w.astype(jnp.float32), vectors.shape[0]
     known = jnp.matmul(vectors, target, precision=jax.lax.Precision.HIGHEST)
-    power = jnp.sum(jnp.square(known))
-    scale = jnp.where(power > 0, jnp.sum(outputs * known) / jnp.where(power > 0, power, 1.0), 1.0)
+    powers, products = jnp.sum(jnp.square(known), axis=1), jnp.sum(outputs * known, axis=1)
+    power = jnp.sum(powers)
+    divisor = jnp.where(power > 0, power, 1.0)
+    scale = jnp.where(power > 0, jnp.sum(products) / divisor, 1.0)
+    spread = jnp.sum(jnp.square(products - scale * powers)) * (count / max(count - 1, 1))
     converters = w.shape[1] * converter_variance
     return Readings(
         scale=scale,
+        scale_variance=jnp.where(power > 0, spread / jnp.square(divisor), 0.0),
         change=jnp.sum(jnp.square(outputs - known)) / count - converters,
         rest=jnp.sum(jnp.square(outputs - scale * known)) / count - converters,
         size=jnp.sum(jnp.square(target)),
