@@ -20,6 +20,7 @@ from hetmoe.models.attention import LONG
 from hetmoe.models.model import Model
 from hetmoe.models.transformer import forward
 from hetmoe.ops.grouped_crossbar.api import check_implementation
+from hetmoe.ops.grouped_crossbar.platforms import as_if_on
 from hetmoe.placement.plan import Plan
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -118,7 +119,10 @@ def export_forward(
     _, read = partial_eval.dce_jaxpr(closed.jaxpr, [True])
     shapes = {name: everything[name] for name, is_read in zip(sorted(everything), read[:-1], strict=True) if is_read}
     lower = functools.partial(export.export, jax.jit(run), disabled_checks=_UNSTABLE_CALLS)
-    programs = {name: lower(platforms=[name])(shapes, tokens) for name in platforms}
+    programs: dict[str, export.Exported] = {}
+    for name in platforms:
+        with as_if_on(name):
+            programs[name] = lower(platforms=[name])(shapes, tokens)
     return ExportedPrograms({name: arguments[name] for name in shapes}, programs, (batch, length), most)
 
 

@@ -21,6 +21,7 @@ from hetmoe.ops.grouped_crossbar.pallas import crossbar_blocks
 from hetmoe.ops.grouped_crossbar.shape import Static
 from tests.ops.blocks_gradient import blocks_gradient
 from tests.ops.crossbar_battery import UNIT_ROUNDOFF, sum_error
+from tests.ops.test_kernel_lowering import lowered
 
 BLOCK, ROWS, COLUMNS, TILE_ROWS, EXPERTS = 16, 100, 24, 40, 5  # row-blocks of 34, 33 and 33
 TILES = 3
@@ -340,9 +341,8 @@ def test_lowers(platform: Any, rows: int, columns: int, block: int, dtype: Any, 
     options = CrossbarOptions(dac_bits=8, adc_bits=8, bound_axis="tile", tile_rows=512)
     static = Static(options=options, device=PCM() if is_seeded else None, interpret=None)
     grads = shape(blocks, block, columns)
-    function = jax.jit(functools.partial(gradients, static=static))
     arguments = (shape(blocks, block, rows, dtype=dtype), tables, (matrix, matrix), (grads, grads))
-    text = function.trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+    text = lowered(functools.partial(gradients, static=static), platform, *arguments)
     # Forward, rows, and clean weights, with programmed ones where they are stored.
     for name, count in (("inputs_gradient", 1), ("weights_gradient", 1 if is_seeded else 2)):
         assert text.count(f"grouped_crossbar_{name}") >= count, name

@@ -14,6 +14,7 @@ from hetmoe.ops.crossbar_matmul.api import crossbar_matmul
 from hetmoe.ops.dispatch import dispatch, from_blocks, to_blocks
 from hetmoe.ops.grouped_crossbar.api import digital_products, expert_products
 from hetmoe.ops.grouped_crossbar.block_sizes import rows_per_block
+from hetmoe.ops.grouped_crossbar.platforms import as_if_on
 
 PLATFORMS = {"tpu": "tpu_custom_call", "cuda": "__gpu$xla.gpu.triton"}  # what the program calls
 EXPERTS = 64
@@ -23,7 +24,8 @@ Shape = jax.ShapeDtypeStruct
 
 
 def lowered(function: Any, platform: str, *shapes: Any) -> str:
-    return jax.jit(function).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
+    with as_if_on(platform):
+        return jax.jit(function).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
 
 
 def layer(spec: AnalogSpec, sides: Any, weights: Any, x: Any, chosen: Any, ranges: Any, analog: Any) -> jax.Array:

@@ -45,10 +45,17 @@ def rows_per_block(rows: int, groups: int) -> int:
 TILE_BYTES = 2 * 2**20
 
 
-def choose(platform: Platform, *, rows: int, tile: int, columns: int, matrices: int, item_bytes: int) -> BlockSizes:
+# Rows of weights at a time where a GPU program draws their noise: what it computes for each weight is written out for
+# all of a thread's weights, in registers. Of chunks of 64 rows ptxas spilled kilobytes a thread, and took minutes.
+DRAWN_CHUNK = 16
+
+
+def choose(
+    platform: Platform, *, rows: int, tile: int, columns: int, matrices: int, item_bytes: int, is_drawn: bool
+) -> BlockSizes:
     """Sizes for blocks of `rows` rows and matrices with `columns` columns of `item_bytes` bytes a weight.
 
-    `tile` is how many rows the largest tile has.
+    `tile` is how many rows the largest tile has; `is_drawn` says whether weights are programmed in the kernel.
 
     Raises:
         NotImplementedError: for tiles that a TPU cannot hold.
@@ -64,7 +71,8 @@ def choose(platform: Platform, *, rows: int, tile: int, columns: int, matrices: 
         return BlockSizes(columns=width, chunk=128)
     widest = max(16, 128 // matrices)
     fitting = next((c for c in (16, 32, 64, 128) if c >= min(columns, widest)), widest)
-    return BlockSizes(columns=fitting, chunk=128 // item_bytes, warps=8 if rows * fitting >= 128 * 64 else 4, stages=3)
+    chunk = DRAWN_CHUNK if is_drawn else 128 // item_bytes
+    return BlockSizes(columns=fitting, chunk=chunk, warps=8 if rows * fitting >= 128 * 64 else 4, stages=3)
 
 
 def for_gradients(sizes: BlockSizes) -> BlockSizes:

@@ -67,15 +67,19 @@ def _inputs_instance(
     rows, mode, size = pl.ds(number * chunk, chunk), load(of.mode, b), (x.shape[1], chunk)
     dtype = kernel_math.gradient_dtype(x.dtype, weights_of(matrices[0]).dtype, None)
 
-    def total(weights: Any) -> Array:
+    def total(weights: Any, *, is_drawn: bool) -> Array:
+        # XLA pushes the transpose of a factor up through all that it is computed from, and copies what has two uses at
+        # every one of them: of a drawn weight that never ends. So the gradient is turned there, and the result.
         def add(n: Array, found: Array) -> Array:
             for index in range(len(matrices)):
                 w = weights(index, n)
                 for g in kernel_math.gradient_parts(_through(grads[index], insides[index], b, t, n, shape), dtype):
-                    found += kernel_math.dot(g, w, dtype, (1, 1))
+                    found += kernel_math.dot(*((w, g) if is_drawn else (g, w)), dtype, (1, 1))
             return found
 
-        return jax.lax.fori_loop(0, grads[0].shape[2] // shape.columns, add, jnp.zeros(size, jnp.float32))
+        start = jnp.zeros(size[::-1] if is_drawn else size, jnp.float32)
+        found = jax.lax.fori_loop(0, grads[0].shape[2] // shape.columns, add, start)
+        return found.T if is_drawn else found
 
     def write(result: Array) -> None:
         plgpu.store(out.at[b, :, rows], result.astype(out.dtype))
@@ -84,7 +88,8 @@ def _inputs_instance(
 
         @pl.when(mode == ANALOG)
         def _analog() -> None:
-            dx = total(lambda index, n: weights_chunk(of, matrices[index], shape, b, n, t, c, rows))
+            is_drawn = matrices[0].noise is not None
+            dx = total(lambda index, n: weights_chunk(of, matrices[index], shape, b, n, t, c, rows), is_drawn=is_drawn)
             if options.dac_bits is not None and of.input_range is not None:
                 inside = kernel_math.passes_dac(load(x, b, slice(None), rows), load(of.input_range, b, t))
                 dx = jnp.where(inside, dx, 0.0)
@@ -95,7 +100,7 @@ def _inputs_instance(
 
         @pl.when(mode == DIGITAL)
         def _digital() -> None:
-            write(total(lambda index, n: part(clean[index], load(of.clean, b), rows, n, shape)))
+            write(total(lambda index, n: part(clean[index], load(of.clean, b), rows, n, shape), is_drawn=False))
 
     @pl.when(mode == EMPTY)
     def _empty() -> None:

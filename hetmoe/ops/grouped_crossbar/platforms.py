@@ -1,5 +1,6 @@
 """Runs a function's version for the platform that it is lowered for."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +9,7 @@ import jax
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from hetmoe.ops.grouped_crossbar.block_sizes import Platform
 
@@ -43,6 +45,17 @@ def on_platform(interpret: Platform | None, run: Callable[..., Any], outputs: An
 
     branches = {name: functools.partial(attempt, name) for name in PLATFORMS}
     return jax.lax.platform_dependent(*arguments, **branches, default=functools.partial(refuse, ELSEWHERE))
+
+
+def as_if_on(platform: str) -> contextlib.AbstractContextManager[Any]:
+    """While kernels are traced and lowered for a platform whose device need not be here.
+
+    From jax 0.11 on, Triton kernels do not lower where neither a GPU is nor one is named.
+    """
+    if platform != "cuda":
+        return contextlib.nullcontext()
+    gpu = AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
+    return use_abstract_mesh(AbstractMesh((), (), abstract_device=gpu))
 
 
 def _raise(*_: Any, reason: str, **__: Any) -> Any:
