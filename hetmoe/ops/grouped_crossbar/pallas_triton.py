@@ -1,9 +1,10 @@
 """Triton kernel for NVIDIA GPUs: blocks of rows times their matrices, converters included.
 
 A program makes one block of rows by some columns. It goes through the tiles, and through the rows of each tile in
-chunks: DAC, matmul on the tensor cores, and, when a tile is done, ADC and the sum. Digital blocks take a branch without
+chunks: matmul on the tensor cores, and, when a tile is done, ADC and the sum. Digital blocks take a branch without
 converters. Programs that share weights (the blocks of one expert, whatever the seed) run side by side, so that what one
-of them fetches is in the cache for the others. Dynamic ranges read a tile's inputs twice, the second time from cache.
+of them fetches is in the cache for the others. The DAC's codes are made once, before that: as many programs as there
+are stripes of columns would each convert the same inputs, which takes longer than their products.
 """
 
 import dataclasses
@@ -29,16 +30,20 @@ def blocks_matmul(
     """As `pallas_tpu.blocks_matmul`."""
     blocks, block, _ = x.shape
     packed = weights_of(matrices[0]).shape[2]
-    inputs, tree = jax.tree.flatten((x, tables, tuple(flat_words(matrix) for matrix in matrices)))
+    bound = None
+    if matrices[0].chip is not None:
+        factors = kernel_math.operand_dtype(x.dtype, weights_of(matrices[0]).dtype, shape.options.dac_bits)
+        x, bound = converted(x, tables, shape, factors)
+    inputs, tree = jax.tree.flatten((x, bound, tables, tuple(flat_words(matrix) for matrix in matrices)))
     count, kept_count = len(matrices), len(matrices) if keep_inside else 0
     out_shape = [jax.ShapeDtypeStruct((blocks, block, packed), jnp.float32)] * count
     out_shape += [jax.ShapeDtypeStruct((blocks, shape.layout.tiles, block, packed), jnp.int8)] * kept_count
 
     def kernel(*refs: Any) -> None:
-        x_ref, of, parts = jax.tree.unflatten(tree, refs[: len(inputs)])
+        x_ref, bound_ref, of, parts = jax.tree.unflatten(tree, refs[: len(inputs)])
         place = side_by_side(blocks, packed // shape.columns)
         outs = refs[len(inputs) :]
-        _program_instance(x_ref, of, parts, (outs[:count], outs[count:]), shape, place)
+        _program_instance(x_ref, bound_ref, of, parts, (outs[:count], outs[count:]), shape, place)
 
     found = tuple(
         pl.pallas_call(
@@ -51,6 +56,21 @@ def blocks_matmul(
         )(*inputs)
     )
     return found[:count], found[count:]
+
+
+def converted(x: Array, tables: Tables, shape: Shape, dtype: jnp.dtype) -> tuple[Array, Array]:
+    """(inputs or, where a DAC converts them, their codes, in `dtype`; its ranges `[blocks, tiles, block]`)."""
+    bits, tiles = shape.options.dac_bits, shape.layout.tiles
+    in_tiles = x.astype(jnp.float32).reshape(*x.shape[:2], tiles, -1)
+    if tables.input_range is None:
+        bound = jnp.max(jnp.abs(in_tiles), axis=3)
+    else:
+        bound = jnp.broadcast_to(tables.input_range[:, None, :], in_tiles.shape[:3])
+    if bits is None:
+        return x.astype(dtype), bound.swapaxes(1, 2)
+    codes = kernel_math.dac_codes(in_tiles, bound[..., None], bits)
+    codes = jnp.where((tables.mode == ANALOG)[:, None, None, None], codes, in_tiles).reshape(x.shape)
+    return codes.astype(dtype), bound.swapaxes(1, 2)
 
 
 def flat_words(matrix: Matrix) -> Matrix:
@@ -72,8 +92,8 @@ def side_by_side(blocks: int, stripes: int) -> tuple[Array, Array]:
 
 
 def _program_instance(
-    x: Any, of: Tables, matrices: tuple[Matrix, ...], results: tuple[tuple[Any, ...], tuple[Any, ...]], shape: Shape,
-    place: tuple[Array, Array],
+    x: Any, bound: Any, of: Tables, matrices: tuple[Matrix, ...], results: tuple[tuple[Any, ...], tuple[Any, ...]],
+    shape: Shape, place: tuple[Array, Array],
 ) -> None:  # fmt: skip
     """One block of rows by some columns, at `place`."""
     (outs, insides), (b, n) = results, place
@@ -88,7 +108,7 @@ def _program_instance(
 
         @pl.when(mode == ANALOG)
         def _analog() -> None:
-            write(_analog_block(x, of, matrices, insides, shape, b, n))
+            write(_analog_block(x, bound, of, matrices, insides, shape, b, n))
 
     if matrices[0].clean is not None:
 
@@ -140,29 +160,22 @@ def part(w: Any, index: Array, rows: Any, n: Array, shape: Shape) -> Array:
 
 
 def _analog_block(
-    x: Any, of: Tables, matrices: tuple[Matrix, ...], insides: tuple[Any, ...], shape: Shape, b: Array, n: Array
-) -> Any:
-    options, layout, chunk = shape.options, shape.layout, shape.sizes.chunk
-    chunks = layout.tile // chunk
+    x: Any, bounds: Any, of: Tables, matrices: tuple[Matrix, ...], insides: tuple[Any, ...], shape: Shape, b: Array,
+    n: Array,
+) -> Any:  # fmt: skip
+    layout, chunk = shape.layout, shape.sizes.chunk
 
     def one_tile(t: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
-        def inputs_of(c: Array) -> Array:
-            return load(x, b, slice(None), pl.ds(t * layout.tile + c * chunk, chunk))
-
-        bound = _range(of, b, t, chunks, inputs_of, x.shape[1])
-
         def add(c: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-            rows, inputs = pl.ds(t * layout.tile + c * chunk, chunk), inputs_of(c)
-            dtype = kernel_math.operand_dtype(inputs.dtype, weights_of(matrices[0]).dtype, options.dac_bits)
-            if options.dac_bits is not None:
-                inputs = kernel_math.dac_codes(inputs, bound, options.dac_bits)
-            inputs = inputs.astype(dtype)
+            rows = pl.ds(t * layout.tile + c * chunk, chunk)
+            inputs = load(x, b, slice(None), rows)
             return tuple(
-                total + kernel_math.dot(inputs, weights_chunk(of, m, shape, b, n, t, c, rows), dtype)
+                total + kernel_math.dot(inputs, weights_chunk(of, m, shape, b, n, t, c, rows), inputs.dtype)
                 for m, total in zip(matrices, sums, strict=True)
             )
 
-        sums = jax.lax.fori_loop(0, chunks, add, _zeros(x, matrices, shape))
+        sums = jax.lax.fori_loop(0, layout.tile // chunk, add, _zeros(x, matrices, shape))
+        bound = load(bounds, b, t, slice(None))[:, None]
         inside_refs = insides or tuple(None for _ in matrices)
         return tuple(
             total + _convert(y, of, m, inside, shape, bound, (b, n, t))
@@ -170,17 +183,6 @@ def _analog_block(
         )
 
     return jax.lax.fori_loop(0, layout.tiles, one_tile, _zeros(x, matrices, shape))
-
-
-def _range(of: Tables, b: Array, t: Array, chunks: int, inputs_of: Any, rows: int) -> Array:
-    """DAC range of this tile's inputs `[rows, 1]`."""
-    if of.input_range is not None:
-        return jnp.broadcast_to(load(of.input_range, b, t), (rows, 1))
-
-    def widen(c: Array, largest: Array) -> Array:
-        return jnp.maximum(largest, jnp.max(jnp.abs(inputs_of(c).astype(jnp.float32)), axis=1, keepdims=True))
-
-    return jax.lax.fori_loop(0, chunks, widen, jnp.zeros((rows, 1), jnp.float32))
 
 
 def _convert(

@@ -21,7 +21,14 @@ from hetmoe.ops.grouped_crossbar import kernel_math
 from hetmoe.ops.grouped_crossbar.block_sizes import for_gradients
 from hetmoe.ops.grouped_crossbar.blocks import ANALOG, DIGITAL, EMPTY, Matrix, Tables
 from hetmoe.ops.grouped_crossbar.gradient_order import Ranges, make_ranges
-from hetmoe.ops.grouped_crossbar.pallas_triton import flat_words, load, part, side_by_side, weights_chunk
+from hetmoe.ops.grouped_crossbar.pallas_triton import (
+    converted,
+    flat_words,
+    load,
+    part,
+    side_by_side,
+    weights_chunk,
+)
 from hetmoe.ops.grouped_crossbar.shape import Shape, weights_of
 
 
@@ -160,20 +167,11 @@ def weights_gradient(
 
 def _converted(x: Array, tables: Tables, shape: Shape, dtype: jnp.dtype) -> tuple[Array, Array | None]:
     """(inputs or, where a DAC converts them, their codes; the codes' steps `[blocks, tiles, block]`)."""
-    bits, tiles = shape.options.dac_bits, shape.layout.tiles
-    factors = kernel_math.gradient_dtype(x.dtype, dtype, bits)
+    bits = shape.options.dac_bits
+    codes, bound = converted(x, tables, shape, kernel_math.gradient_dtype(x.dtype, dtype, bits))
     if bits is None:
-        return x.astype(factors), None
-    in_tiles = x.astype(jnp.float32).reshape(*x.shape[:2], tiles, -1)
-    if tables.input_range is None:
-        bound = jnp.max(jnp.abs(in_tiles), axis=3)
-    else:
-        bound = jnp.broadcast_to(tables.input_range[:, None, :], in_tiles.shape[:3])
-    is_analog = (tables.mode == ANALOG)[:, None, None]
-    codes = kernel_math.dac_codes(in_tiles, bound[..., None], bits)
-    codes = jnp.where(is_analog[..., None], codes, in_tiles).reshape(x.shape)
-    step = jnp.where(is_analog, kernel_math.step_size(bound, bits), 1.0)
-    return codes.astype(factors), step.swapaxes(1, 2)
+        return codes, None
+    return codes, jnp.where((tables.mode == ANALOG)[:, None, None], kernel_math.step_size(bound, bits), 1.0)
 
 
 def _weights_instance(
