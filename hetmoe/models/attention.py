@@ -1,5 +1,6 @@
 """Causal self-attention: projections, plain or through latents, and grouped-query attention over them."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -125,54 +126,82 @@ def _latent(
 
 def attend(
     q: Float[Array, "batch seq heads dim"],
-    k: Float[Array, "batch keys kv_heads dim"],
-    v: Float[Array, "batch keys kv_heads value"],
+    k: Float[Array, "batch seq kv_heads dim"],
+    v: Float[Array, "batch seq kv_heads value"],
     *,
     scale: float,
     window: int | None,
-    first: Int[Array, ""] | int = 0,
 ) -> Float[Array, "batch seq q_width"]:
     """Causal attention; softmax in float32.
 
     Args:
         q: queries, turned; consecutive heads share a key head.
-        k: keys, turned, of positions from 0 on.
+        k: keys, turned.
         v: values.
         scale: multiplies the scores.
         window: how many positions a query sees, itself included; None = all up to its own.
-        first: position of the first query.
     """
     batch, seq, heads, _ = q.shape
-    kv_heads = k.shape[2]
-    groups = heads // kv_heads
+    groups = heads // k.shape[2]
     # One leading axis of independent heads: `jax.nn.dot_product_attention` took 3 times as long on CPU.
     # Query heads that share a key head become rows of one matmul.
     q = rearrange(q * jnp.asarray(scale, q.dtype), "b s (n g) d -> (b n) g s d", g=groups)
     k = rearrange(k, "b s n d -> (b n) d s")
     v = rearrange(v, "b s n d -> (b n) s d")
-
-    def rows(part: Array, positions: Array) -> Array:
-        """Attention of some queries `[heads, groups, rows, dim]` at `positions`."""
-        count = part.shape[2]
-        flat = rearrange(part, "h g s d -> h (g s) d")
-        scores = jnp.matmul(flat, k, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
-        behind = positions[:, None] - jnp.arange(k.shape[2])[None, :]
-        seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
-        scores = jnp.where(jnp.tile(seen, (groups, 1))[None], scores, -jnp.inf)
-        exp = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-        out = jnp.matmul(
-            exp.astype(v.dtype), v, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-        )
-        out = (out / jnp.sum(exp, axis=-1, keepdims=True)).astype(v.dtype)
-        return rearrange(out, "h (g s) d -> h g s d", s=count)
-
     if seq <= LONG:
-        out = rows(q, first + jnp.arange(seq))
+        out = _rows(q, k, v, jnp.arange(seq), window)
     else:
         pad = -seq % QUERY_CHUNK
         parts = rearrange(jnp.pad(q, ((0, 0), (0, 0), (0, pad), (0, 0))), "h g (c s) d -> c h g s d", s=QUERY_CHUNK)
         # Padding rows repeat the last position: they are dropped, and a row that sees nothing would be NaN.
-        positions = first + jnp.minimum(jnp.arange(seq + pad), seq - 1).reshape(-1, QUERY_CHUNK)
-        out = jax.lax.map(lambda chunk: jax.checkpoint(rows)(*chunk), (parts, positions))
+        positions = jnp.minimum(jnp.arange(seq + pad), seq - 1).reshape(-1, QUERY_CHUNK)
+        rows = functools.partial(_rows, window=window)
+        out = jax.lax.map(lambda chunk: jax.checkpoint(rows)(chunk[0], k, v, chunk[1]), (parts, positions))
         out = rearrange(out, "c h g s d -> h g (c s) d")[:, :, :seq]
     return rearrange(out, "(b n) g s d -> b s (n g d)", b=batch)
+
+
+def attend_cached(
+    q: Float[Array, "batch seq heads dim"],
+    k: Float[Array, "batch kv_heads keys dim"],
+    v: Float[Array, "batch kv_heads keys value"],
+    *,
+    scale: float,
+    window: int | None,
+    first: Int[Array, ""],
+) -> Float[Array, "batch seq q_width"]:
+    """`attend` of queries at positions from `first` on over keys and values that are kept by head.
+
+    Keys behind a query's position are not seen, whatever they hold. Queries are taken in chunks where there are many.
+    """
+    batch, seq, heads, _ = q.shape
+    q = rearrange(q * jnp.asarray(scale, q.dtype), "b s (n g) d -> (b n) g s d", g=heads // k.shape[1])
+    k = jnp.swapaxes(k.reshape(-1, *k.shape[2:]), 1, 2)
+    v = v.reshape(-1, *v.shape[2:])
+    parts = [
+        _rows(
+            q[:, :, start : start + QUERY_CHUNK], k, v, first + jnp.arange(start, min(start + QUERY_CHUNK, seq)), window
+        )
+        for start in range(0, seq, QUERY_CHUNK)
+    ]
+    return rearrange(jnp.concatenate(parts, axis=2), "(b n) g s d -> b s (n g d)", b=batch)
+
+
+def _rows(
+    q: Float[Array, "heads groups rows dim"],
+    k: Float[Array, "heads dim keys"],
+    v: Float[Array, "heads keys value"],
+    positions: Int[Array, "rows"],
+    window: int | None,
+) -> Float[Array, "heads groups rows value"]:
+    """Attention of some queries, already scaled, at `positions`; keys are of positions from 0 on."""
+    groups, count = q.shape[1:3]
+    flat = rearrange(q, "h g s d -> h (g s) d")
+    scores = jnp.matmul(flat, k, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    behind = positions[:, None] - jnp.arange(k.shape[2])[None, :]
+    seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
+    scores = jnp.where(jnp.tile(seen, (groups, 1))[None], scores, -jnp.inf)
+    exp = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    out = jnp.matmul(exp.astype(v.dtype), v, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    out = (out / jnp.sum(exp, axis=-1, keepdims=True)).astype(v.dtype)
+    return rearrange(out, "h (g s) d -> h g s d", s=count)

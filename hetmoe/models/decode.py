@@ -1,4 +1,8 @@
-"""Decoding with a key-value cache: a pass over new tokens only."""
+"""Decoding with a key-value cache: a pass over new tokens only.
+
+Layers are unrolled, not scanned: a loop that cuts every layer's weights and cache out of stacks copies them, which
+takes longer than a decoding step needs to read them. Experts of all layers stay in one stack and are found by index.
+"""
 
 from typing import Any
 
@@ -13,20 +17,23 @@ from hetmoe.analog.spec import AnalogSpec
 from hetmoe.errors import InputError
 from hetmoe.models.analog_arguments import check_analog, check_quantized
 from hetmoe.models.analog_stack import stacked_hardware
-from hetmoe.models.attention import attend, project_out, queries_keys_values, rms_norm, score_scale
+from hetmoe.models.attention import attend_cached, project_out, queries_keys_values, rms_norm, score_scale
 from hetmoe.models.config import ModelConfig
 from hetmoe.models.hardware import LayerHardware, Probe
-from hetmoe.models.params import DenseLayer, Layer, Params
-from hetmoe.models.transformer import behind_attention, head_logits, scan_layers
+from hetmoe.models.params import DenseLayer, FeedForward, Layer, Params, with_experts
+from hetmoe.models.transformer import behind_attention, head_logits
 from hetmoe.placement.plan import Plan
+from hetmoe.quantize.mixed import attach, detach, is_mixed
+
+MOST_INDEXED = 2**31  # elements of a stack that GPU kernels can index
 
 
 @struct.dataclass
 class KeyValueCache:
     """Turned keys, and values, of the positions seen so far, all sequences being equally long; latents are expanded."""
 
-    keys: Float[Array, "layers batch capacity kv_heads dim"]  # in model order
-    values: Float[Array, "layers batch capacity kv_heads value"]
+    keys: tuple[Float[Array, "batch kv_heads capacity dim"], ...]  # of every layer, in model order
+    values: tuple[Float[Array, "batch kv_heads capacity value"], ...]
     length: Int[Array, ""]  # positions that are filled
 
 
@@ -42,11 +49,11 @@ def empty_cache(config: ModelConfig, batch: int, capacity: int, dtype: Any) -> K
             f"{config.max_position_embeddings}"
         )
     value_dim = config.head_dim if config.latent is None else config.latent.value_dim
-    shape = (config.num_layers, batch, capacity, config.num_kv_heads)
-    return KeyValueCache(
-        keys=jnp.zeros((*shape, config.head_dim), dtype), values=jnp.zeros((*shape, value_dim), dtype),
-        length=jnp.int32(0),
-    )  # fmt: skip
+
+    def empty(width: int) -> tuple[Array, ...]:
+        return tuple(jnp.zeros((batch, config.num_kv_heads, capacity, width), dtype) for _ in range(config.num_layers))
+
+    return KeyValueCache(keys=empty(config.head_dim), values=empty(value_dim), length=jnp.int32(0))
 
 
 def extend(
@@ -76,43 +83,69 @@ def extend(
     """
     check_analog(config, plan, spec, programmed, calibration, None)
     check_quantized(params, plan, programmed)
-    if tokens.ndim != 2 or tokens.shape[0] != cache.keys.shape[1] or not 1 <= tokens.shape[1] <= cache.keys.shape[2]:
+    batch, _, capacity, _ = cache.keys[0].shape
+    if tokens.ndim != 2 or tokens.shape[0] != batch or not 1 <= tokens.shape[1] <= capacity:
         raise InputError(
-            f"tokens {list(tokens.shape)} must be [batch, new] with the cache's batch of {cache.keys.shape[1]} and at "
-            f"most its {cache.keys.shape[2]} positions"
+            f"tokens {list(tokens.shape)} must be [batch, new] with the cache's batch of {batch} and at most its "
+            f"{capacity} positions"
         )
     hardware: dict[bool, LayerHardware] = {}
     if plan is not None and spec is not None and programmed is not None:
         hardware = stacked_hardware(params, config, plan, spec, programmed, calibration, None, implementation)
     by_layer = isinstance(programmed, SeededWeights) and programmed.when == "layer"
-    positions = cache.length + jnp.arange(tokens.shape[1])
-    numbers = {True: jnp.asarray(config.moe_layers), False: jnp.asarray(config.dense_layers, jnp.int32)}
-
-    def step(carry: Any, scanned: tuple[Layer | DenseLayer, tuple[LayerHardware | None, Array]]) -> tuple[Any, None]:
-        x, keys, values = carry
-        layer, (layer_hardware, number) = scanned
-        if by_layer and layer_hardware is not None:
-            layer_hardware = layer_hardware.program(layer)
-        probe = Probe(None)
+    experts = None if hardware else _one_stack(params)
+    if experts is not None:
+        params = with_experts(params, FeedForward(gate=None, up=None, down=None))
+    positions, probe = cache.length + jnp.arange(tokens.shape[1]), Probe(None)
+    x, keys, values = params.embed[tokens], list(cache.keys), list(cache.values)
+    counts = {True: 0, False: 0}
+    for number in range(config.num_layers):
+        moe = number not in config.dense_layers
+        index = counts[moe]
+        counts[moe] += 1
+        layer: Any = _cut(params.layers if moe else params.dense_layers, index)
+        of_layer: Any = _cut(hardware.get(moe), index)
+        if by_layer and of_layer is not None:
+            of_layer = of_layer.program(layer)
         normed = rms_norm(x, layer.input_norm, config.rms_norm_eps)
-        q, k, v = queries_keys_values(normed, layer.attention, config, layer_hardware, probe, positions)
-        keys, values = (
-            jax.lax.dynamic_update_slice(held, new[None].astype(held.dtype), (number, 0, cache.length, 0, 0))
-            for held, new in ((keys, k), (values, v))
-        )
-        mixed = attend(
+        q, k, v = queries_keys_values(normed, layer.attention, config, of_layer, probe, positions)
+        keys[number], values[number] = (_written(keys[number], k, cache), _written(values[number], v, cache))
+        mixed = attend_cached(
             q, keys[number].astype(q.dtype), values[number].astype(q.dtype), scale=score_scale(config),
             window=config.sliding_window, first=cache.length,
         )  # fmt: skip
-        x = x + project_out(mixed, layer.attention, layer_hardware, probe)
-        return (behind_attention(x, layer, config, layer_hardware, probe, implementation).x, keys, values), None
-
-    extras = {kind: (hardware.get(kind), number) for kind, number in numbers.items()}
-    carry: Any = (params.embed[tokens], cache.keys, cache.values)
-    (x, keys, values), _ = scan_layers(step, carry, params, config, extras)
+        x = x + project_out(mixed, layer.attention, of_layer, probe)
+        first = 0
+        if experts is not None and isinstance(layer, Layer):
+            layer, first = layer.replace(moe=layer.moe.replace(experts=experts)), index * config.num_experts
+        x = behind_attention(x, layer, config, of_layer, probe, implementation, first).x
     last = rms_norm(x[:, -1], params.final_norm, config.rms_norm_eps)
     logits = head_logits(
         last, params, plan=plan, spec=spec, programmed=programmed, calibration=calibration, read_key=None,
         implementation=implementation,
     )  # fmt: skip
-    return logits, KeyValueCache(keys=keys, values=values, length=cache.length + tokens.shape[1])
+    length = cache.length + tokens.shape[1]
+    return logits, KeyValueCache(keys=tuple(keys), values=tuple(values), length=length)
+
+
+def _one_stack(params: Params) -> FeedForward | None:
+    """The experts of all layers in one stack `[layers * experts, ...]`; None where kernels could not index it.
+
+    (Gradients through the stack would be as large as all of it in every layer: this is for decoding.)
+    """
+    experts = params.layers.moe.experts
+    if is_mixed(experts.gate) or experts.gate.size > MOST_INDEXED:
+        return None
+    return jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), experts)
+
+
+def _cut(stack: Layer | DenseLayer | LayerHardware | None, index: int) -> Any:
+    """One layer of a stack; pools of quantized experts serve all layers."""
+    places, pools = detach(stack)
+    return attach(jax.tree.map(lambda leaf: leaf[index], places), pools)
+
+
+def _written(held: Array, new: Array, cache: KeyValueCache) -> Array:
+    """A layer's keys or values with those of new positions."""
+    by_head = jnp.swapaxes(new, 1, 2).astype(held.dtype)
+    return jax.lax.dynamic_update_slice(held, by_head, (0, 0, cache.length, 0))

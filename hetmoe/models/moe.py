@@ -24,13 +24,14 @@ def moe_block(
     hardware: LayerHardware | None,
     probe: Probe,
     implementation: str | None,
+    first_expert: Array | int = 0,
 ) -> Float[Array, "tokens hidden"]:
     """Runs each token through its experts and the shared ones, and adds the results.
 
     `implementation` is that of the routed experts. Their results carry the routing weights, that of the shared experts
-    the sigmoid of its gate, if it has one.
+    the sigmoid of its gate, if it has one. `first_expert` as in `routed_experts`.
     """
-    out = routed_experts(x, moe.experts, routing, hardware, probe, implementation)
+    out = routed_experts(x, moe.experts, routing, hardware, probe, implementation, first_expert)
     if moe.shared is None:
         return out
     shared = feed_forward(x, moe.shared, "shared", hardware, probe)
@@ -63,25 +64,30 @@ def routed_experts(
     hardware: LayerHardware | None,
     probe: Probe,
     implementation: str | None,
+    first_expert: Array | int = 0,
 ) -> Float[Array, "tokens hidden"]:
     """Runs each token through its experts (SwiGLU) and adds the results with the routing weights.
 
     Every token copy is multiplied once, by the clean weights of a digital expert or the programmed weights of an analog
     one; no token is dropped and no expert sees a token that was not routed to it.
+
+    `first_expert` is where this layer's experts begin in `experts`, which may be a stack of more: the whole model's,
+    say, so that no layer is cut out of it (digital experts only).
     """
-    count, is_xla = experts.gate.shape[0], check_implementation(implementation) == "xla"
+    count, is_xla = routing.logits.shape[-1], check_implementation(implementation) == "xla"
     block_size = (choose_block_size if is_xla else rows_per_block)(routing.chosen.size, count)
     plan = dispatch(routing.chosen, count, block_size, multiple=1 if is_xla else BLOCKS_MULTIPLE)
     blocks = to_blocks(x, plan)
     real = (plan.slot_token < x.shape[0]).reshape(blocks.shape[:2])  # padding slots hold no token
     used = real.any(axis=1)
+    block_expert = plan.block_expert + first_expert
     analog = None if hardware is None else hardware.experts
 
     def multiply(inputs: Array, **weights: Array) -> tuple[Array, ...]:
         """By matrices that share the inputs, and their DACs."""
         if hardware is None or analog is None:
             return digital_products(
-                inputs, tuple(weights.values()), block_expert=plan.block_expert, used=used,
+                inputs, tuple(weights.values()), block_expert=block_expert, used=used,
                 implementation=implementation,
             )  # fmt: skip
         rows = _copy_numbers(plan.token_slot, plan.slot_token.shape[0]).reshape(blocks.shape[:2])
@@ -94,7 +100,7 @@ def routed_experts(
 
     if analog is None and is_xla and not probe.sees:
         network = quantized_feed_forward if is_mixed(experts.gate) else grouped_feed_forward
-        out = network(blocks, experts.gate, experts.up, experts.down, plan.block_expert, used)
+        out = network(blocks, experts.gate, experts.up, experts.down, block_expert, used)
     else:
         probe.grouped("experts_in", blocks, real, plan.block_expert)
         gate, up = multiply(blocks, gate=experts.gate, up=experts.up)

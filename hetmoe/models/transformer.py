@@ -60,14 +60,15 @@ def behind_attention(
     hardware: LayerHardware | None,
     probe: Probe,
     implementation: str | None,
+    first_expert: Array | int = 0,
 ) -> LayerResult:
-    """The second half of `decoder_layer`: experts or a dense feed-forward network."""
+    """The second half of `decoder_layer`: experts or a dense feed-forward network; `first_expert` as in `moe_block`."""
     normed = rms_norm(x, layer.ffn_norm, config.rms_norm_eps).reshape(-1, x.shape[-1])
     routing = None
     if isinstance(layer, Layer):
         with jax.named_scope("moe"):
             routing = route(normed, layer.moe, config)
-            out = moe_block(normed, layer.moe, routing, hardware, probe, implementation)
+            out = moe_block(normed, layer.moe, routing, hardware, probe, implementation, first_expert)
     else:
         with jax.named_scope("ffn"):
             out = feed_forward(normed, layer.ffn, "ffn", hardware, probe)
