@@ -10,7 +10,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from hetmoe.analog.calibration import Calibration
-from hetmoe.analog.programming import program, seeded_weights
+from hetmoe.analog.programming import ProgrammedWeights, program, seeded_weights
 from hetmoe.analog.spec import AnalogSpec
 from hetmoe.evaluate.text import Windows
 from hetmoe.models.config import ModelConfig
@@ -96,6 +96,29 @@ def evaluate_digital(
     digital = {**nothing, "implementation": implementation}
     per_batch = jax.lax.map(lambda batch: _score_batch(params, batch, config, digital), batches)
     return jax.tree.map(jnp.sum, per_batch)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def evaluate_programmed(
+    params: Params,
+    programmed: ProgrammedWeights,
+    plans: Plan,
+    spec: AnalogSpec,
+    calibration: Calibration | None,
+    batches: Batches,
+    config: ModelConfig,
+) -> Totals:
+    """Totals `[plans]` of plans on a leading axis, on chips that are programmed already (any history of theirs)."""
+
+    def one_plan(plan: Plan) -> Totals:
+        analog = {
+            "plan": plan, "spec": spec, "programmed": programmed, "calibration": calibration, "read_key": None,
+            "implementation": None,
+        }  # fmt: skip
+        per_batch = jax.lax.map(lambda batch: _score_batch(params, batch, config, analog), batches)
+        return jax.tree.map(jnp.sum, per_batch)
+
+    return jax.lax.map(one_plan, plans)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "weights", "implementation"))
