@@ -18,6 +18,7 @@ from hetmoe.analog.programming import (
 )
 from hetmoe.analog.random import require_key
 from hetmoe.analog.spec import AnalogSpec
+from hetmoe.analog.tiles import row_blocks
 from hetmoe.errors import InputError
 from hetmoe.models.matrices import crossbar_matrices
 from hetmoe.models.params import Params
@@ -25,7 +26,7 @@ from hetmoe.ops.crossbar_matmul.xla import crossbar_matmul
 from hetmoe.quantize.budget import EXPERT_MATRICES
 from hetmoe.runtime.probe import Readings, converter_error_variance, probe_vectors, read_probes
 
-HEADROOM = 4  # range of the DACs over the magnitude of a probe's inputs
+FITTING = 6.0  # standard deviations of a tile's output that the ADC's range holds while probing
 
 
 @struct.dataclass
@@ -103,14 +104,31 @@ def deployed_weights(key: jax.Array, params: Params, spec: AnalogSpec, chips: Ch
     return ProgrammedWeights(layers=jax.lax.map(one_layer, (layers, per_layer)), dense_layers={}, lm_head=None)
 
 
+def probe_ranges(
+    held: Float[Array, "K N"], weight_max: Float[Array, "blocks columns"], spec: AnalogSpec
+) -> Float[Array, "blocks"]:
+    """DAC ranges for inputs of plus and minus one.
+
+    An output's standard deviation is the norm of its column in the tile. The range is the smallest of half the codes
+    over a whole number (so that one is a code) at which `FITTING` of them fit the ADC's bound.
+    """
+    most = 127.0 if spec.options.dac_bits is None else steps(spec.options.dac_bits) / 2
+    blocks = row_blocks(held.shape[0], spec.options.tile_rows)
+    squares = jnp.square(held.astype(jnp.float32))
+    norms = jnp.sqrt(jnp.stack([jnp.sum(squares[start : start + size], axis=0) for start, size in blocks]))
+    bounds = spec.adc_bound * weight_max.astype(jnp.float32)
+    needed = jnp.max(FITTING * norms / jnp.where(bounds > 0, bounds, 1.0), axis=1)
+    return most / jnp.clip(jnp.floor(most / jnp.maximum(needed, 1.0)), 1.0, most)
+
+
 @functools.partial(jax.jit, static_argnames=("probes",))
 def probe_experts(
     key: jax.Array, params: Params, programmed: ProgrammedWeights, spec: AnalogSpec, probes: int
 ) -> Readings:
     """Probes every matrix of every expert through its tiles and converters; leaves `[layers, experts, matrices]`.
 
-    Inputs of plus and minus one are a quarter of the DAC's range, and a code of it, so that no ADC clips; the mean
-    square error of the ADCs is subtracted.
+    Inputs of plus and minus one are a code of the DAC, so far below its range that ADCs do not clip; the mean square
+    error of the ADCs is subtracted.
 
     Args:
         key: of the probes, which are the same for all experts.
@@ -122,13 +140,10 @@ def probe_experts(
     targets = crossbar_matrices(params.layers, dense=False)
     on = jnp.ones((1, 1), bool)
 
-    half = 127.0 if spec.options.dac_bits is None else steps(spec.options.dac_bits) / 2
-    reach = half / max(1.0, round(half / HEADROOM))
-
     def one(w: Array, held: Array, weight_max: Array, vectors: Array) -> Readings:
-        ranges = jnp.full((weight_max.shape[0],), reach, jnp.float32)
+        ranges = probe_ranges(held, weight_max, spec)
         outputs = crossbar_matmul(vectors, held, ranges, spec.adc_bound, weight_max, spec.options, on, None)
-        bounds = reach * spec.adc_bound * weight_max
+        bounds = ranges[:, None] * spec.adc_bound * weight_max
         variance = jnp.mean(jnp.sum(jnp.atleast_2d(converter_error_variance(bounds, spec.options.adc_bits)), axis=0))
         return read_probes(w, outputs, vectors, variance)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +57,7 @@ class Costs:
     joules_per_nat: float | None = None
     action_share: float = 0.5
     margin: float = 0.2
+    stale: float = 0.05
     dwell_s: float = 3600.0
     memory: float = 0.5
 
@@ -64,7 +65,7 @@ class Costs:
         for name in ("batch", "weight_bytes", "probes", "horizon_tokens"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise InputError(f"{name}={getattr(self, name)!r} must be positive and finite")
-        for name in ("margin", "dwell_s", "action_share"):
+        for name in ("margin", "stale", "dwell_s", "action_share"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"{name}={getattr(self, name)!r} must be at least 0 and finite")
         if not 0 < self.memory <= 1 or (self.joules_per_nat is not None and not 0 < self.joules_per_nat < float("inf")):
@@ -73,11 +74,19 @@ class Costs:
             )
 
 
-def expected_rest(params: Params, spec: AnalogSpec) -> tuple[np.ndarray, np.ndarray]:
-    """(|rest|^2 / |W|^2 expected right after programming, `a - 1`) of every expert, from the device's moments.
+class FreshNoise(NamedTuple):
+    """Deviations `W' = a W + R` expected right after programming, of all matrices of an expert together."""
+
+    rest: Float[np.ndarray, "layers experts"]  # |R|^2 / |W|^2
+    off: Float[np.ndarray, "layers experts"]  # a - 1
+    size: Float[np.ndarray, "layers experts"]  # |W|^2
+
+
+def fresh_noise(params: Params, spec: AnalogSpec) -> FreshNoise:
+    """From the device's moments.
 
     With the mean b and variances v of the deviations, `a - 1 = <b, W> / |W|^2` and `E |R|^2 = sum v + |b|^2 -
-    (a - 1)^2 |W|^2`, over all matrices of an expert.
+    (a - 1)^2 |W|^2`.
     """
     plain = dataclasses.replace(spec, time_s=None)
 
@@ -91,13 +100,16 @@ def expected_rest(params: Params, spec: AnalogSpec) -> tuple[np.ndarray, np.ndar
     targets = crossbar_matrices(params.layers, dense=False)
     size, square, along = sum(np.asarray(sums(targets[name]), np.float64) for name in EXPERT_MATRICES)
     off = along / size
-    return square / size - np.square(off), off
+    return FreshNoise(rest=square / size - np.square(off), off=off, size=size)
 
 
 def noise_growth(
-    key: jax.Array, params: Params, spec: AnalogSpec, ages: Sequence[float] = AGES
+    key: jax.Array, params: Params, spec: AnalogSpec, fresh: FreshNoise, ages: Sequence[float] = AGES
 ) -> Float[np.ndarray, "ages"]:
-    """`|rest|^2` of all experts together at each age, over that right after programming; measured on one chip."""
+    """`|R / a|^2` of all experts together at each age, over `|R|^2` expected right after programming.
+
+    Measured on one chip, whose read noise is in it at every age. Over a, since compensation multiplies by its inverse.
+    """
     targets = crossbar_matrices(params.layers, dense=False)
     chips = fresh_chips(*targets["gate"].shape[:2])
 
@@ -105,30 +117,14 @@ def noise_growth(
     def rest(w: Array, held: Array) -> Array:
         target, found = w.astype(jnp.float32), held.astype(jnp.float32)
         size = jnp.sum(jnp.square(target), axis=(-2, -1))
-        along = jnp.sum(target * found, axis=(-2, -1))
-        scale = (along / size)[..., None, None]
-        # Relative to the scale: compensation multiplies what is left by its inverse.
+        scale = (jnp.sum(target * found, axis=(-2, -1)) / size)[..., None, None]
         return jnp.sum(jnp.square(found / scale - target))
 
     found: list[float] = []
     for age in ages:
-        aged = chips.replace(age=jnp.full_like(chips.age, age))
-        programmed = deployed_weights(key, params, spec, aged).layers
+        programmed = deployed_weights(key, params, spec, chips.replace(age=jnp.full_like(chips.age, age))).layers
         found.append(sum(float(rest(targets[name], programmed[name].w)) for name in EXPERT_MATRICES))
-    plain = _right_after(key, params, spec)
-    return np.array(found) / plain
-
-
-def _right_after(key: jax.Array, params: Params, spec: AnalogSpec) -> float:
-    """`|rest|^2` of all experts right after programming, expected."""
-    del key
-    relative, _ = expected_rest(params, spec)
-    targets = crossbar_matrices(params.layers, dense=False)
-    size = sum(
-        np.asarray(jnp.sum(jnp.square(targets[name].astype(jnp.float32)), axis=(-2, -1)), np.float64)
-        for name in EXPERT_MATRICES
-    )
-    return float(np.sum(relative * size))
+    return np.array(found) / float(np.sum(fresh.rest * fresh.size))
 
 
 def make_knowledge(
@@ -173,8 +169,8 @@ def make_knowledge(
     share = 0.05
     along = noise_sensitivity(model, tokens, analog_spec(Shrunk(), noise_scale=share), key=label_key, dense=False)
     scale_loss = np.asarray(along.bias.experts, np.float64) / share**2
-    rest, off = expected_rest(model.params, spec)
-    bias = np.maximum(np.asarray(noise.bias.experts, np.float64) - scale_loss * np.square(off), 0.0)
+    fresh = fresh_noise(model.params, spec)
+    bias = np.maximum(np.asarray(noise.bias.experts, np.float64) - scale_loss * np.square(fresh.off), 0.0)
     noise_loss = np.asarray(noise.variance.experts, np.float64) + bias
     shape = module_shapes(model.config)["experts"]
     stored = shape.weights * costs.weight_bytes
@@ -189,13 +185,14 @@ def make_knowledge(
         return jnp.asarray(value, jnp.float32)
 
     return Knowledge(
-        noise_loss=number(noise_loss), scale_loss=number(scale_loss), fresh_rest=number(rest),
-        ages=number(np.array(AGES)), growth=number(noise_growth(chip_key, model.params, spec)),
+        noise_loss=number(noise_loss), scale_loss=number(scale_loss), fresh_rest=number(fresh.rest),
+        ages=number(np.array(AGES)),
+        growth=number(noise_growth(chip_key, model.params, spec, fresh)),
         digital_energy=number(of_digital), analog_energy=number(of_analog),
         move_energy=number(stored * link.entries["link.energy"].value),
         program_energy=number(tiles * analog.entries["tile.programming_energy"].value),
         probe_energy=number(costs.probes * tiles * analog.entries["tile.operation_energy"].value),
         joules_per_nat=number(price), horizon_tokens=number(costs.horizon_tokens),
-        action_share=number(costs.action_share), margin=number(costs.margin), dwell_s=number(costs.dwell_s),
-        memory=number(costs.memory),
+        action_share=number(costs.action_share), margin=number(costs.margin), stale=number(costs.stale),
+        dwell_s=number(costs.dwell_s), memory=number(costs.memory),
     )  # fmt: skip

@@ -9,13 +9,15 @@ Decisions compare joules: a nat per token is worth `joules_per_nat`, and what an
 
 - *Recompensate*: outputs are divided by the scale that was read, where it is off by more than two standard errors of
   the reading. It costs nothing beside the probing.
-- *Reprogram* an analog expert whose noise has grown past what it would be anew, where that is worth more than
-  programming costs; those that gain most first, within `action_share` of the interval's budget. What noise would be
-  anew follows from the chips' condition (temperature): the median over experts of what is read over what age explains.
+- *Reprogram* an analog expert whose noise is more than `stale` above what it would be anew, where the difference is
+  worth more than programming costs, but none that was programmed less than `dwell_s` ago; those that gain most first,
+  within `action_share` of the interval's budget. What noise would be anew follows from the chips' condition
+  (temperature): the median over experts of what is read over what age explains.
 - *Move* experts between analog and digital: digital are those of the largest expected loss per extra joule, as many as
   the budget leaves room for. Experts that are digital have a lead of `margin`; one that was moved stays for `dwell_s`,
   and moves to digital must pay for themselves. A budget that falls moves experts to analog at once.
 
+The energy budget holds for running and actions together, unless all experts on analog and their probes exceed it.
 Both copies of every expert are resident, so that a move changes one boolean of a plan, and nothing is compiled again.
 """
 
@@ -46,7 +48,8 @@ class Knowledge:
     joules_per_nat: Float[Array, ""]
     horizon_tokens: Float[Array, ""]
     action_share: Float[Array, ""]  # of an interval's energy budget that programming may take
-    margin: Float[Array, ""]
+    margin: Float[Array, ""]  # lead of experts that are digital
+    stale: Float[Array, ""]  # relative growth of noise from which an expert may be programmed again
     dwell_s: Float[Array, ""]
     memory: Float[Array, ""]  # weight of the newest reading in the running mean, in (0, 1]
 
@@ -154,17 +157,21 @@ def step(knowledge: Knowledge, state: State, seen: Observation) -> tuple[State, 
     anew = jnp.median(found.noise / aged) * know.growth[0]
     worth = know.joules_per_nat * know.horizon_tokens
     saved = worth * know.noise_loss * (found.noise - anew)
-    allowed = jnp.floor(know.action_share * seen.budget * seen.tokens / know.program_energy)
-    useful = jnp.where(state.analog & (saved > know.program_energy), saved, -jnp.inf)
+    # All probes, and a move of every expert, whether or not any moves: the budget then holds whatever is decided.
+    reserved = (know.probe_energy + know.move_energy) * found.noise.size
+    free = (seen.budget - jnp.sum(know.analog_energy)) * seen.tokens - reserved
+    allowed = jnp.floor(jnp.minimum(know.action_share * seen.budget * seen.tokens, free) / know.program_energy)
+    old = (found.noise > (1 + know.stale) * anew) & (seen.age_s >= know.dwell_s)
+    useful = jnp.where(state.analog & old & (saved > know.program_energy), saved, -jnp.inf)
     rank = jnp.argsort(jnp.argsort(-useful.reshape(-1), stable=True), stable=True).reshape(useful.shape)
-    reprogram = jnp.isfinite(useful) & (rank < allowed)
+    reprogram = jnp.isfinite(useful) & (rank.astype(jnp.float32) < allowed)
     noise = jnp.where(reprogram, anew, found.noise)
     scale_error = jnp.where(reprogram, 0.0, found.left)
     factor = jnp.where(reprogram[..., None], 1.0, factor)
 
-    upkeep = know.probe_energy * reprogram.size + know.program_energy * jnp.sum(reprogram)
+    programming = know.program_energy * jnp.sum(reprogram, dtype=jnp.float32)
     loss = know.noise_loss * noise + know.scale_loss * scale_error
-    room = seen.budget - upkeep / seen.tokens - jnp.sum(know.analog_energy)
+    room = (free - programming) / seen.tokens
     to_digital, to_analog = _moves(know, state, seen, loss, room, worth)
     analog = (state.analog & ~to_digital) | to_analog
     moved = to_digital | to_analog
@@ -175,7 +182,7 @@ def step(knowledge: Knowledge, state: State, seen: Observation) -> tuple[State, 
     return new, Actions(
         to_digital=to_digital, to_analog=to_analog, reprogram=reprogram,
         recompensate=found.off & ~reprogram[..., None],
-        energy=upkeep + know.move_energy * jnp.sum(moved),
+        energy=know.probe_energy * reprogram.size + programming + know.move_energy * jnp.sum(moved, dtype=jnp.float32),
         running=jnp.sum(jnp.where(analog, know.analog_energy, know.digital_energy)),
         expected=jnp.sum(jnp.where(analog, loss, 0.0)),
     )  # fmt: skip

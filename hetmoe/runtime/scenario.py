@@ -23,6 +23,8 @@ from hetmoe.runtime.deploy import Chips, deployed_weights, fresh_chips, probe_ex
 from hetmoe.runtime.policy import Knowledge, Observation, best_within, initial_state, step
 from hetmoe.runtime.probe import Readings
 
+_decide = jax.jit(step)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scenario:
@@ -73,7 +75,6 @@ class Simulator:
         self.model, self.knowledge, self.spec = model, knowledge, spec
         self.calibration, self.batches, self.probes = calibration, batches, probes
         self.tokens = float(np.sum(np.asarray(batches.weight))) * (batches.tokens.shape[2] - 1)
-        self.decide = jax.jit(step)
 
     def losses(self, programmed: ProgrammedWeights, plans: Sequence[Any]) -> list[float]:
         """Mean nats per token of plans on the same chips."""
@@ -102,11 +103,13 @@ class Simulator:
                 time_s=jnp.float32(time), age_s=chips.age, readings=readings,
                 budget=jnp.float32(scenario.budget[index]), tokens=jnp.float32(scenario.tokens[index]),
             )  # fmt: skip
-            state, done = self.decide(know, state, seen)
+            state, done = _decide(know, state, seen)
             again = np.asarray(done.reprogram)
             programmed_at = np.where(again, time, programmed_at)
             chips = chips.replace(
-                age=jnp.asarray(time - programmed_at, jnp.float32), epoch=chips.epoch + again, factor=state.factor
+                age=jnp.asarray(time - programmed_at, jnp.float32),
+                epoch=chips.epoch + again.astype(np.int32),
+                factor=state.factor,
             )
             held = deployed_weights(key, params, self.spec, chips)
             found.append(
