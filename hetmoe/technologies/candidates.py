@@ -19,6 +19,8 @@ from hetmoe.quantize.driver import quantize_experts
 from hetmoe.quantize.mixed import dense
 from hetmoe.quantize.recipe import Recipe
 
+EXPERTS_ANALOG = "experts analog"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Candidate:
@@ -43,14 +45,19 @@ class Candidate:
         """For tables."""
         digital = 1 - float(self.analog.mean())
         if digital == 0:
-            return "experts analog"
-        return f"{self.rule}, {digital:.1%} digital, {self.bits}"
+            return EXPERTS_ANALOG
+        share = "" if digital == 1 else f", {digital:.1%} digital"
+        return f"{self.rule}{share}, {self.bits}"
+
+    def equals(self, other: "Candidate") -> bool:
+        """Whether both run the same on the same."""
+        return np.array_equal(self.analog, other.analog) and np.array_equal(self.expert_bits, other.expert_bits)
 
 
 def uniform_candidate(rule: str, fraction: float | None, analog: np.ndarray, bits: int | None) -> Candidate:
-    """All digital experts at the same bits; None = not quantized."""
+    """All digital experts at the same bits; None = not quantized, which is 16 bits."""
     level = np.where(analog, 0, bits or 0)
-    said = "not quantized" if bits is None else f"{bits} bit{'' if bits == 1 else 's'}"
+    said = f"{bits or 16} bit{'' if bits == 1 else 's'}"
     return Candidate(
         rule=rule, fraction=fraction, bits=said, analog=analog,
         expert_bits=np.repeat(level[..., None], len(EXPERT_MATRICES), axis=-1),

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from hetmoe.report.style import COLOURS
 from hetmoe.technologies.tried import Point
@@ -19,9 +20,9 @@ def draw_front(title: str, points: Sequence[Point], front: Sequence[Point]) -> A
     batches = sorted({p.batch for p in points})
     limit = MOST_PERPLEXITY * min(p.perplexity for p in points)
     on_front = {id(p) for p in front}
-    fields = (("joules_per_token", "energy per token (J)"), ("tokens_per_s", "tokens per second"))
+    fields = (("joules_per_token", "energy per token", "J"), ("tokens_per_s", "tokens per second", ""))
     panels = figure.subplots(1, 2)
-    for axes, (field, label) in zip(panels, fields, strict=True):
+    for axes, (field, label, unit) in zip(panels, fields, strict=True):
         for point in sorted(points, key=lambda p: id(p) in on_front):
             if point.perplexity > limit or not point.fits:
                 continue
@@ -32,6 +33,9 @@ def draw_front(title: str, points: Sequence[Point], front: Sequence[Point]) -> A
                 mec="black" if best else "none", mew=1.0, alpha=1.0 if best else 0.45,
             )  # fmt: skip
         axes.set(xscale="log", xlabel=label, ylabel="perplexity per token")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(EngFormatter(unit))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     proxies = [_proxy(panels[0], rule, color=COLOURS[n % len(COLOURS)], marker="o") for n, rule in enumerate(rules)]
