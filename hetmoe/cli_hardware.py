@@ -35,6 +35,10 @@ def add_hardware_commands(app: typer.Typer) -> None:
         "--report -o DIR"
     )(allocate)
     app.command(epilog="Example: hetmoe pareto reference --noise-scale 5 --batch 1 --batch 32 -o front")(pareto)
+    app.command(
+        epilog="Example: hetmoe simulate reference --adaptive --processor jetson-orin-nx --rate 900 --duration 30 "
+        "--noise-scale 2.5 --budget 0=0.3 --budget 10=0.05 --budget 20=0.6 -o run"
+    )(simulate)
 
 
 def hardware(
@@ -195,5 +199,85 @@ def pareto(
             processor=processor, chip=chip, link=link, device=device, noise_scale=noise_scale, time_s=time,
             drift_compensation=drift_compensation, quantizer=quantizer, group=group, text=text, tokens=tokens, seq=seq,
             seeds=seeds, seed=seed,
+        )
+    )  # fmt: skip
+
+
+def simulate(
+    model: MODEL = "reference",
+    trace: Annotated[
+        Path | None, typer.Option(help="CSV of requests: arrival_s, prompt_tokens, output_tokens; default: drawn ones.")
+    ] = None,
+    rate: Annotated[float, typer.Option(help="Drawn requests per second, as a Poisson process.")] = 4.0,
+    duration: Annotated[float, typer.Option(help="Seconds in which drawn requests arrive.")] = 60.0,
+    prompt: Annotated[float, typer.Option(help="Mean tokens of drawn prompts (geometric).")] = 256.0,
+    generate: Annotated[float, typer.Option(help="Mean tokens to generate (geometric).")] = 128.0,
+    max_batch: Annotated[int, typer.Option(help="Most requests that run at once.")] = 32,
+    plan: Annotated[Path | None, typer.Option(help="Place by a saved plan.")] = None,
+    placement: Annotated[
+        str | None, typer.Option(help="all_digital, experts_analog or all_analog; default experts_analog.")
+    ] = None,
+    rule: Annotated[
+        str | None, typer.Option(help="Place by this rule: max_neuron_norm (default with --digital) or router_norm.")
+    ] = None,
+    digital: Annotated[float | None, typer.Option(help="Fraction of digital experts, with --rule.")] = None,
+    adaptive: Annotated[
+        bool, typer.Option("--adaptive", help="The runtime policy decides, on chips that drift while requests run.")
+    ] = False,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="S=SHARE",
+            help="From this second on: the experts' energy, as a share of the way from all analog to all digital; "
+            "repeatable; default 0=0.25.",
+        ),
+    ] = None,
+    noise: Annotated[
+        list[str] | None,
+        typer.Option(metavar="S=FACTOR", help="From this second on: factor of the noise, as of heat; repeatable."),
+    ] = None,
+    observe: Annotated[
+        float | None, typer.Option(help="Seconds between looks of the policy; default: 30 in all.")
+    ] = None,
+    dwell: Annotated[
+        float | None, typer.Option(help="Seconds that an expert stays where it was moved to; default: two looks.")
+    ] = None,
+    device: DEVICE = "pcm",
+    noise_scale: ONE_NOISE_SCALE = 1.0,
+    probes: Annotated[int, typer.Option(help="Vectors that probe every expert at each look.")] = 8,
+    processor: PROCESSOR = "a100-80gb",
+    chip: CHIP = "ibm-3d-cim",
+    link: LINK = "pcie4-x16",
+    schedule: Annotated[str, typer.Option(help="serial or overlap.")] = "serial",
+    routing: Annotated[
+        str | None, typer.Option(help="text, uniform, or a file of 'hetmoe hardware --save-routing', as there.")
+    ] = None,
+    text: TEXT = None,
+    tokens: Annotated[int, typer.Option(help="Most tokens of text for --routing text.")] = 16384,
+    seq: SEQ = 256,
+    span: Annotated[float | None, typer.Option(help="Seconds of a line of the timeline; default: 30 lines.")] = None,
+    seed: SEED = 0,
+    down_axis: DOWN_AXIS = "hidden",
+    dtype: DTYPE = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory for figure, timeline and requests; must be new.")
+    ] = None,
+) -> None:
+    """Stream requests through a model on described hardware: throughput, queue, energy and plan over time.
+
+    Requests are batched continuously. The plan is fixed, or the runtime policy's: it probes simulated chips, and keeps
+    an energy budget that may change.
+    """
+    from hetmoe.commands.simulate import SimulateRequest, run
+
+    run(
+        SimulateRequest(
+            model=model, trace=trace, rate=rate, duration=duration, prompt=prompt, generate=generate,
+            max_batch=max_batch, plan=plan, placement=placement, rule=rule, fraction=digital, adaptive=adaptive,
+            budget=budget or [], noise=noise or [], observe=observe, dwell=dwell, device=device,
+            noise_scale=noise_scale, probes=probes, processor=processor, chip=chip, link=link,
+            schedule=schedule, routing=routing,
+            save_routing=None, text=text, tokens=tokens, seq=seq, span=span, seed=seed,
+            down_axis=down_axis, dtype=dtype, output=output,
         )
     )  # fmt: skip

@@ -11,6 +11,7 @@ from hetmoe.checkpoint import orbax_directory
 from hetmoe.checkpoint.load import load_model, model_directory, model_name, open_checkpoint, open_config, parse_dtype
 from hetmoe.commands.one_placement import PlacementOptions
 from hetmoe.errors import InputError
+from hetmoe.hardware.deployment import Deployment, bytes_of_layout, deployment
 from hetmoe.models.config import ModelConfig
 from hetmoe.models.model import Model, model_fingerprint
 from hetmoe.placement.plan import PLACEMENTS, Plan, place, plan_shapes
@@ -81,6 +82,13 @@ def describe_model(source: str, dtype: str | None, *, load: bool) -> DescribedMo
         name=name, source=source, config=config, identity=identity, layout=layout,
         weight_bytes=_size(dtype or stored), model=None,
     )  # fmt: skip
+
+
+def deployment_of(described: DescribedModel, plan: Plan) -> Deployment:
+    """A plan with the bytes that its digital weights have in the model."""
+    layout, size = described.layout, described.weight_bytes
+    quantized = None if layout is None else bytes_of_layout(described.config, layout, size)
+    return deployment(plan, described.config, expert_bytes=quantized, weight_bytes=size, element_bytes=size)
 
 
 def _size(dtype: Any) -> float:

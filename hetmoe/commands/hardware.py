@@ -4,8 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from hetmoe.commands.common import choose_text, make_console, write_json
-from hetmoe.commands.described_model import DescribedModel, describe_model, has_weights, plan_of
+from hetmoe.commands.common import make_console, write_json
+from hetmoe.commands.described_model import DescribedModel, deployment_of, describe_model, plan_of
 from hetmoe.commands.hardware_tables import (
     Case,
     description_record,
@@ -17,12 +17,11 @@ from hetmoe.commands.hardware_tables import (
     routing_record,
 )
 from hetmoe.commands.one_placement import PlacementOptions
+from hetmoe.commands.routing_options import TEXT, UNIFORM, RoutingOptions
 from hetmoe.errors import InputError
 from hetmoe.evaluate.provenance import provenance
-from hetmoe.evaluate.text import load_windows, split_windows
 from hetmoe.files import check_writable
 from hetmoe.hardware.demand import model_demand
-from hetmoe.hardware.deployment import Deployment, bytes_of_layout, deployment
 from hetmoe.hardware.description import Description, open_description, shipped_descriptions
 from hetmoe.hardware.estimate import estimate
 from hetmoe.hardware.explain import explain
@@ -30,53 +29,34 @@ from hetmoe.hardware.fit import check_fit
 from hetmoe.hardware.machine import system_of
 from hetmoe.hardware.parts import SCHEDULES
 from hetmoe.hardware.routing import uniform_frequency
-from hetmoe.hardware.routing_file import RoutingStatistics, load_routing, observe_routing, save_routing
+from hetmoe.hardware.routing_file import RoutingStatistics
 from hetmoe.hardware.step import decode_step, prefill_step
 
-TEXT, UNIFORM = "text", "uniform"
 MOST_CONTEXT = 1024  # of the default, where the model has more
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HardwareRequest(PlacementOptions):
+class HardwareRequest(PlacementOptions, RoutingOptions):
     """The options of `hetmoe hardware`, named as there."""
 
-    model: str
     processor: str
     chip: str
     link: str
     batch: int
     context: int | None
     prompt: int | None
-    routing: str | None
-    save_routing: Path | None
-    text: Path | None
-    tokens: int
-    seq: int
     explain: bool
     dtype: str | None
     json_file: Path | None
 
     def check(self) -> None:
         """Raises InputError for values that are wrong whatever the model."""
-        for name in ("batch", "tokens", "seq"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)} must be at least 1")
+        if self.batch < 1:
+            raise InputError(f"--batch {self.batch} must be at least 1")
         self.check_placement()
-        if self.text is not None and self.how_routed not in (None, TEXT):
-            raise InputError(f"--text is for routing that is measured: leave out --routing {self.routing}")
-        if self.save_routing is not None and self.how_routed != TEXT:
-            raise InputError("--save-routing keeps routing that was measured: give --routing text")
-        for path in (self.json_file, self.save_routing):
-            if path is not None:
-                check_writable(path)
-
-    @property
-    def how_routed(self) -> str:
-        """`text`, `uniform`, or a file: as given, else by what is at hand."""
-        if self.routing is not None:
-            return self.routing
-        return TEXT if self.text is not None or has_weights(self.model) else UNIFORM
+        self.check_routing()
+        if self.json_file is not None:
+            check_writable(self.json_file)
 
 
 def show(name: str) -> None:
@@ -103,8 +83,8 @@ def run(request: HardwareRequest) -> None:
     described = describe_model(request.model, request.dtype, load=how == TEXT)
     config = described.config
     name, plan = plan_of(described, request, uniform=how == UNIFORM)
-    where = _deployment(described, plan)
-    statistics = _statistics(request, described, how)
+    where = deployment_of(described, plan)
+    statistics = request.statistics(described)
     frequency = uniform_frequency(config) if statistics is None else statistics.frequency
     context = min(config.max_position_embeddings, MOST_CONTEXT) if request.context is None else request.context
     prompt = context if request.prompt is None else request.prompt
@@ -130,32 +110,6 @@ def run(request: HardwareRequest) -> None:
     if request.json_file is not None:
         write_json(request.json_file, _record(request, described, name, [digital, analog, link], statistics, cases))
         console.print(f"results: {request.json_file}")
-
-
-def _deployment(described: DescribedModel, plan: Any) -> Deployment:
-    layout, size = described.layout, described.weight_bytes
-    quantized = None if layout is None else bytes_of_layout(described.config, layout, size)
-    return deployment(plan, described.config, expert_bytes=quantized, weight_bytes=size, element_bytes=size)
-
-
-def _statistics(request: HardwareRequest, described: DescribedModel, how: str) -> RoutingStatistics | None:
-    if how == UNIFORM:
-        return None
-    if how != TEXT:
-        return load_routing(Path(how), described.config, described.identity)
-    model = described.model
-    assert model is not None
-    if request.seq > model.config.max_position_embeddings:
-        raise InputError(f"--seq {request.seq} exceeds the model's context of {model.config.max_position_embeddings}")
-    sources = load_windows(model, choose_text(request.text), request.seq)
-    count = min(max(request.tokens // request.seq, 1), sum(len(s) for s in sources))
-    windows, _ = split_windows(sources, count, 0)
-    statistics = observe_routing(model, windows.tokens[:, :-1])
-    if request.save_routing is not None:
-        text = "embedded held-out text" if request.text is None else request.text.name
-        assert described.identity is not None
-        save_routing(request.save_routing, statistics, name=described.name, identity=described.identity, text=text)
-    return statistics
 
 
 def _record(

@@ -51,7 +51,8 @@ def model_demand(config: ModelConfig, where: Deployment, step: Step) -> ModelDem
         if name in shapes:
             kinds[name] = _dense(shapes[name], getattr(where, name), step.tokens, where)
     kinds["lm_head"] = _dense(shapes["lm_head"], where.lm_head[None], step.logits, where)
-    return ModelDemand(kinds=kinds, tokens=step.tokens, memory=_memory(config, where, step))
+    memory = stored_bytes(config, where) + position_bytes(config, where) * step.held
+    return ModelDemand(kinds=kinds, tokens=step.tokens, memory=memory)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -118,14 +119,19 @@ def _experts(shape: ModuleShape, where: Deployment, step: Step) -> Demand:
     )
 
 
-def _memory(config: ModelConfig, where: Deployment, step: Step) -> Array:
+def stored_bytes(config: ModelConfig, where: Deployment) -> Float[Array, ""]:
+    """Of digital weights, embedding and routers included."""
     shapes = module_shapes(config)
     weights = jnp.sum((1 - where.experts) * where.expert_bytes)
     for name in ("attention", "shared_experts", "dense_ffn", "lm_head"):
         if name in shapes and not (name == "lm_head" and config.tie_embeddings):  # then it is the embedding
             weights = weights + jnp.sum(1 - getattr(where, name)) * shapes[name].weights * where.weight_bytes
     router = len(config.moe_layers) * config.hidden_size * config.num_experts
-    weights = weights + (config.vocab_size * config.hidden_size + router) * where.weight_bytes
+    return weights + (config.vocab_size * config.hidden_size + router) * where.weight_bytes
+
+
+def position_bytes(config: ModelConfig, where: Deployment) -> Float[Array, ""]:
+    """Of the key-value cache, for one position of one sequence."""
     plain, expanded = cache_shapes(config)
     elements = jnp.sum((1 - where.attention) * plain.elements + where.attention * expanded.elements)
-    return weights + elements * step.held * where.element_bytes
+    return elements * where.element_bytes

@@ -1,5 +1,8 @@
 """One pass of a model over the new tokens of some sequences: a decoding step, or the prefill of prompts."""
 
+from collections.abc import Sequence
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -33,6 +36,34 @@ def decode_step(
     _check("context", context, config, batch)
     seen = min(context, config.sliding_window or context)
     return _step(batch, batch, seen, batch * seen, batch * seen, step_routing(frequency, batch))
+
+
+def decode_steps(
+    config: ModelConfig,
+    frequency: Float64[np.ndarray, "layers experts"],
+    batches: Sequence[int],
+    contexts: Sequence[int],
+) -> Step:
+    """`decode_step` of every batch behind every context: leaves `[batches * contexts]`, contexts fastest.
+
+    Raises:
+        InputError: as `decode_step`.
+    """
+    for batch in batches:
+        for context in contexts:
+            _check("context", context, config, batch)
+    routing = stack_routings([step_routing(frequency, batch) for batch in batches])
+    seen = np.minimum(contexts, config.sliding_window or max(contexts))
+    tokens, attended = (np.ravel(part) for part in np.meshgrid(batches, seen, indexing="ij"))
+
+    def number(values: np.ndarray) -> Array:
+        return jnp.asarray(values, jnp.float32)
+
+    cached = number(tokens * attended)
+    return Step(
+        tokens=number(tokens), logits=number(tokens), attended=number(attended), cached=cached, held=cached,
+        routing=jax.tree.map(lambda leaf: jnp.repeat(leaf, len(contexts), axis=0), routing),
+    )  # fmt: skip
 
 
 def prefill_step(

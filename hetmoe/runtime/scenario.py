@@ -19,11 +19,9 @@ from hetmoe.models.model import Model
 from hetmoe.models.params import Params
 from hetmoe.placement.plan import Plan, stack_plans
 from hetmoe.quantize.budget import EXPERT_MATRICES
-from hetmoe.runtime.deploy import Chips, deployed_weights, fresh_chips, probe_experts
-from hetmoe.runtime.policy import Knowledge, Observation, best_within, initial_state, step
-from hetmoe.runtime.probe import Readings
-
-_decide = jax.jit(step)
+from hetmoe.runtime.deploy import Chips, deployed_weights, fresh_chips
+from hetmoe.runtime.policy import Knowledge, best_within
+from hetmoe.runtime.watch import Watch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,37 +84,16 @@ class Simulator:
 
     def adaptive(self, key: jax.Array, scenario: Scenario) -> list[Moment]:
         """The policy of `hetmoe.runtime.policy`: it probes, decides, acts, and serves."""
-        know, params = self.knowledge, self.model.params
-        layers, experts = know.noise_loss.shape
-        state = initial_state(know, scenario.budget[0])
-        chips, programmed_at = fresh_chips(layers, experts), np.zeros((layers, experts))
+        watch = Watch(key, self.model.params, self.spec, self.knowledge, probes=self.probes, budget=scenario.budget[0])
         found: list[Moment] = []
-        for index, time in enumerate(scenario.times_s):
-            chips = chips.replace(
-                age=jnp.asarray(time - programmed_at, jnp.float32), noise=jnp.float32(scenario.noise[index]),
-                factor=state.factor,
-            )  # fmt: skip
-            held = deployed_weights(key, params, self.spec, chips)
-            probe_key = jax.random.fold_in(jax.random.fold_in(key, 0x9B0E), index)
-            readings: Readings = probe_experts(probe_key, params, held, self.spec, self.probes)
-            seen = Observation(
-                time_s=jnp.float32(time), age_s=chips.age, readings=readings,
-                budget=jnp.float32(scenario.budget[index]), tokens=jnp.float32(scenario.tokens[index]),
-            )  # fmt: skip
-            state, done = _decide(know, state, seen)
-            again = np.asarray(done.reprogram)
-            programmed_at = np.where(again, time, programmed_at)
-            chips = chips.replace(
-                age=jnp.asarray(time - programmed_at, jnp.float32),
-                epoch=chips.epoch + again.astype(np.int32),
-                factor=state.factor,
-            )
-            held = deployed_weights(key, params, self.spec, chips)
+        for time, noise, budget, tokens in zip(*dataclasses.astuple(scenario), strict=True):
+            done = watch.observe(time, noise=noise, budget=budget, tokens=tokens)
             found.append(
                 Moment(
-                    loss=self.losses(held, [state.analog])[0], running=float(done.running), actions=float(done.energy),
-                    digital=int(jnp.sum(~state.analog)), moved=int(jnp.sum(done.to_digital | done.to_analog)),
-                    reprogrammed=int(again.sum()), recompensated=int(jnp.sum(done.recompensate)),
+                    loss=self.losses(watch.held(), [watch.analog])[0],
+                    running=float(done.running), actions=float(done.energy), digital=int((~watch.analog).sum()),
+                    moved=int(jnp.sum(done.to_digital | done.to_analog)), reprogrammed=int(jnp.sum(done.reprogram)),
+                    recompensated=int(jnp.sum(done.recompensate)),
                 )
             )  # fmt: skip
         return found

@@ -1,0 +1,187 @@
+"""`hetmoe simulate`: requests through the hardware model, with queues, energy and plans that change."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hetmoe.analog.spec import AnalogSpec, analog_spec, describe
+from hetmoe.commands.common import choose_text, make_console
+from hetmoe.commands.described_model import DescribedModel, deployment_of, describe_model, plan_of
+from hetmoe.commands.hardware_tables import print_descriptions
+from hetmoe.commands.one_placement import PlacementOptions
+from hetmoe.commands.routing_options import TEXT, UNIFORM, RoutingOptions
+from hetmoe.commands.simulate_report import print_offered, print_span, print_summary, write_run
+from hetmoe.errors import InputError
+from hetmoe.evaluate.prepare import unevaluated_text
+from hetmoe.files import check_new_directory
+from hetmoe.hardware.description import Description, open_description
+from hetmoe.hardware.machine import system_of
+from hetmoe.hardware.parts import SCHEDULES
+from hetmoe.hardware.routing import uniform_frequency
+from hetmoe.placement.plan import Plan
+from hetmoe.quantize.mixed import refuse_quantized
+from hetmoe.runtime.deploy import check_drifting
+from hetmoe.runtime.knowledge import Costs, make_knowledge
+from hetmoe.runtime.watch import Watch
+from hetmoe.serving.adaptive import Adaptive, Look, energy_ends, parse_schedule
+from hetmoe.serving.costs import StepCosts, step_tables
+from hetmoe.serving.loop import Controller, fixed, serve
+from hetmoe.serving.requests import Request, poisson_requests, read_trace, total_tokens
+from hetmoe.serving.summary import summarise
+
+SPANS = 30  # of the timeline, where no width is given
+KNOWN_TOKENS = 4096  # of text that the policy's losses are estimated on
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SimulateRequest(PlacementOptions, RoutingOptions):
+    """The options of `hetmoe simulate`, named as there."""
+
+    processor: str
+    chip: str
+    link: str
+    schedule: str
+    trace: Path | None
+    rate: float
+    duration: float
+    prompt: float
+    generate: float
+    max_batch: int
+    span: float | None
+    adaptive: bool
+    budget: list[str]
+    noise: list[str]
+    observe: float | None
+    dwell: float | None
+    device: str
+    noise_scale: float
+    probes: int
+    dtype: str | None
+    output: Path | None
+
+    def check(self) -> None:
+        """Raises InputError for values that are wrong whatever the model."""
+        self.check_placement()
+        self.check_routing()
+        if self.schedule not in SCHEDULES:
+            raise InputError(f"--schedule {self.schedule!r} must be one of {', '.join(SCHEDULES)}")
+        for name in ("max_batch", "probes"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+        for name in ("span", "observe"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise InputError(f"--{name} {value:g} must be a positive number of seconds")
+        if self.dwell is not None and not (math.isfinite(self.dwell) and self.dwell >= 0):
+            raise InputError(f"--dwell {self.dwell:g} must be a number of seconds of at least 0")
+        if self.adaptive:
+            if (
+                self.plan is not None
+                or self.placement is not None
+                or self.rule is not None
+                or self.fraction is not None
+            ):
+                raise InputError("--adaptive decides on the placement itself: leave out --plan, --placement and --rule")
+            self.spec(), self.schedules()
+        elif self.budget or self.noise or self.observe is not None or self.dwell is not None:
+            raise InputError("--budget, --noise, --observe and --dwell are for --adaptive")
+        if self.output is not None:
+            check_new_directory(self.output)
+
+    def spec(self) -> AnalogSpec:
+        """The device that the policy's chips are made of."""
+        return check_drifting(analog_spec(self.device, noise_scale=self.noise_scale, time_s=0.0, adc_bound=3.0))
+
+    def schedules(self) -> tuple[Any, Any]:
+        """(energy budget as a share of the way from all analog to all digital, factor of the noise)."""
+        budget = parse_schedule("--budget", self.budget or ["0=0.25"], least=0, most=10)
+        return budget, parse_schedule("--noise", self.noise or ["0=1"], least=1e-3, most=1e3)
+
+    def requests(self, context: int) -> list[Request]:
+        """Read or drawn."""
+        if self.trace is not None:
+            return read_trace(self.trace, context=context)
+        return poisson_requests(
+            self.seed, rate=self.rate, duration_s=self.duration, prompt=self.prompt, output=self.generate,
+            context=context,
+        )  # fmt: skip
+
+
+def run(request: SimulateRequest) -> None:
+    """Serves, printing as it goes."""
+    request.check()
+    hardware = [
+        open_description(request.processor, "digital"), open_description(request.chip, "analog"),
+        open_description(request.link, "link"),
+    ]  # fmt: skip
+    console = make_console()
+    described = describe_model(request.model, request.dtype, load=request.how_routed == TEXT or request.adaptive)
+    config, system = described.config, system_of(*hardware)
+    requests = request.requests(config.max_position_embeddings)
+    statistics = request.statistics(described)
+    frequency = uniform_frequency(config) if statistics is None else statistics.frequency
+    tables = step_tables(config, frequency, request.max_batch)
+
+    def costs_of(plan: Plan) -> StepCosts:
+        return StepCosts(config, deployment_of(described, plan), tables, system, request.schedule)  # pyright: ignore[reportArgumentType]
+
+    controller: Controller
+    looks, facts = list[Look](), dict[str, Any]()
+    last = requests[-1].arrival_s
+    if request.adaptive:
+        name = "by the runtime policy"
+        controller = _adaptive(request, described, hardware, frequency, requests, costs_of)
+        looks, facts = controller.looks, {"analog": describe(request.spec())}
+    else:
+        name, plan = plan_of(described, request, uniform=request.how_routed == UNIFORM)
+        controller = fixed(costs_of(plan), float(1 - np.mean(np.asarray(plan.experts))))
+    span = request.span or max(last, 1e-3) / SPANS
+    console.print(f"[bold]{described.name}[/bold], {name}, {request.schedule}", highlight=False)
+    print_descriptions(console, dict(zip(("digital unit", "chips", "link"), hardware, strict=True)))
+    print_offered(console, requests)
+    served = serve(
+        requests, controller, max_batch=request.max_batch, span_s=span, window=config.sliding_window,
+        each=lambda one: print_span(console, one),
+    )  # fmt: skip
+    summary = summarise(served)
+    print_summary(console, summary, looks)
+    if request.output is not None:
+        options = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(request).items()}
+        write_run(options, request.output, described.name, name, hardware, served, summary, looks, facts)
+        console.print(f"figure, timeline and requests: {request.output}")
+
+
+def _adaptive(
+    request: SimulateRequest, described: DescribedModel, hardware: Sequence[Description], frequency: np.ndarray,
+    requests: Sequence[Request], costs_of: Callable[[Plan], StepCosts],
+) -> Adaptive:  # fmt: skip
+    model, spec = described.model, request.spec()
+    assert model is not None
+    refuse_quantized(model.params, "the runtime policy decides on")
+    budget, noise = request.schedules()
+    sample, _ = unevaluated_text(model, choose_text(request.text), tokens=KNOWN_TOKENS, seq=request.seq)
+    key, chip = jax.random.split(jax.random.key(request.seed))
+    last = max(requests[-1].arrival_s, 1e-3)
+    every = request.observe or last / SPANS
+    costs = Costs(
+        batch=request.max_batch, weight_bytes=described.weight_bytes, probes=request.probes,
+        dwell_s=2 * every if request.dwell is None else request.dwell,
+    )  # fmt: skip
+    knowledge = make_knowledge(
+        model, sample.tokens, spec, frequency, digital=hardware[0], analog=hardware[1], link=hardware[2], costs=costs,
+        key=key,
+    )  # fmt: skip
+    base, extra = energy_ends(knowledge)
+    watch = Watch(
+        chip, model.params, spec, knowledge, probes=request.probes, budget=base + budget.at(0.0) * extra
+    )  # fmt: skip
+    return Adaptive(
+        watch, knowledge, budget, noise, every_s=every, tokens_per_s=total_tokens(requests)[1] / last,
+        costs_of=lambda analog: costs_of(Plan(experts=jnp.asarray(analog))),
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Requests served on described hardware: queues, batches, energy, and plans that change."""
