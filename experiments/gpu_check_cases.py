@@ -33,6 +33,7 @@ from tests.ops import test_crossbar_golden as of_golden_files
 from tests.ops import test_crossbar_gradients as of_matrix_gradients
 from tests.ops import test_crossbar_matmul as of_matrices
 from tests.ops import test_grouped_kernels as of_experts
+from tests.ops import test_quantized_codes as of_codes
 from tests.ops import test_quantized_kernels as of_packed
 
 Case = Callable[[], str]
@@ -379,6 +380,6 @@ GROUPS: dict[str, Callable[[str], dict[str, Case]]] = {
     "models": lambda name: tests_of(of_models, name),
     "experts, tests": lambda name: tests_of(of_experts, name),
     "matrix, tests": lambda name: tests_of(of_matrices, name) | tests_of(of_matrix_gradients, name),
-    "packed, tests": lambda name: tests_of(of_packed, name),
+    "packed, tests": lambda name: tests_of(of_codes, name) | tests_of(of_packed, name),
     "golden files, tests": lambda name: tests_of(of_golden_files, name),
 }

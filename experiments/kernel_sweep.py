@@ -24,7 +24,7 @@ from kernel_cases import Program, make_experts, normal, random_routing, tile_ran
 from kernel_work import Sizes
 
 CUDA = [
-    BlockSizes(columns=columns, chunk=chunk, warps=warps, stages=stages)
+    BlockSizes(columns=columns, chunk=chunk, warps=warps, stages=stages, apart=True)
     for columns in (64, 128)
     for chunk in (32, 64)
     for warps, stages in ((4, 3), (8, 3), (8, 4))

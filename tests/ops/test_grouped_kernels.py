@@ -18,7 +18,7 @@ from hetmoe.analog.programming import ProgrammedMatrix, SeededMatrix, program_ma
 from hetmoe.analog.spec import AnalogSpec, analog_spec
 from hetmoe.analog.tiles import block_max
 from hetmoe.ops.dispatch import dispatch, from_blocks, to_blocks
-from hetmoe.ops.grouped_crossbar import api, kernel_math, pallas, pallas_tpu
+from hetmoe.ops.grouped_crossbar import api, kernel_math, pallas, pallas_tpu, pallas_triton
 from hetmoe.ops.grouped_crossbar.api import expert_products, matrix_product
 from hetmoe.ops.grouped_crossbar.blocks import Matrix, Tables
 from tests.numpy_reference import Float32
@@ -357,20 +357,25 @@ def then(function: Any, change: Any) -> Any:
     return lambda *given: change(function(*given))
 
 
-# What is replaced, by what, and which of the checks must notice.
-BREAKS: dict[str, tuple[Any, str, Any, Any]] = {
+# What is replaced, by what, and which of the checks must notice; the GPU's kernel has clipping and rounding of its own.
+BREAKS: dict[str, tuple[tuple[Any, ...], str, Any, Any]] = {
     "rounding": (
-        kernel_math,
+        (kernel_math, pallas_triton),
         "round_half_even",
         lambda x: jnp.floor(x + 0.5) + jnp.where(x > 1000.5, 1.0, 0.0) + 1.0,
         assert_battery_passes,
     ),
-    "ties_up": (kernel_math, "round_half_even", lambda x: jnp.floor(x + 0.5), assert_ties_go_to_even),
-    "clipping": (kernel_math, "clip", lambda x, bound: x, assert_battery_passes),  # noqa: ARG005
-    "step": (kernel_math, "step_size", lambda bound, bits: 2.0 * bound / (2**bits - 1), assert_battery_passes),
-    "matrix_of_another_expert": (api, "make_tables", then(api.make_tables, next_matrix), assert_battery_passes),
-    "chip_of_another_expert": (api, "make_tables", then(api.make_tables, next_chip), assert_battery_passes),
-    "maximum_of_another_tile": (pallas, "pack_matrix", then(pallas.pack_matrix, next_tile), assert_battery_passes),
+    "ties_up": (
+        (kernel_math, pallas_triton),
+        "round_half_even",
+        lambda x: jnp.floor(x + 0.5),
+        assert_ties_go_to_even,
+    ),
+    "clipping": ((kernel_math, pallas_triton), "clip", lambda x, bound, **_: x, assert_battery_passes),  # noqa: ARG005
+    "step": ((kernel_math,), "step_size", lambda bound, bits: 2.0 * bound / (2**bits - 1), assert_battery_passes),
+    "matrix_of_another_expert": ((api,), "make_tables", then(api.make_tables, next_matrix), assert_battery_passes),
+    "chip_of_another_expert": ((api,), "make_tables", then(api.make_tables, next_chip), assert_battery_passes),
+    "maximum_of_another_tile": ((pallas,), "pack_matrix", then(pallas.pack_matrix, next_tile), assert_battery_passes),
 }
 
 
@@ -386,7 +391,8 @@ def uncached() -> Iterator[None]:
 @pytest.mark.parametrize("broken", BREAKS)
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_perturbed_kernel_fails(name: str, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, attribute, replacement, check = BREAKS[broken]
-    monkeypatch.setattr(module, attribute, replacement)
+    modules, attribute, replacement, check = BREAKS[broken]
+    for module in modules:
+        monkeypatch.setattr(module, attribute, replacement)
     with pytest.raises(AssertionError, match="elements differ"):
         check(name)

@@ -18,7 +18,7 @@ def make_shape(platform: Platform, static: Static, block: int, matrices: tuple[M
     tile = make_layout(rows, static.options.tile_rows, 1).tile
     sizes = static.sizes or block_sizes.choose(
         platform, rows=block, tile=tile, columns=columns, matrices=len(matrices), item_bytes=w.dtype.itemsize,
-        is_drawn=matrices[0].noise is not None,
+        is_drawn=matrices[0].noise is not None, has_chip=matrices[0].chip is not None,
     )  # fmt: skip
     layout = make_layout(rows, static.options.tile_rows, sizes.chunk)
     shape = Shape(layout=layout, options=static.options, device=static.device, width=columns, sizes=sizes)

@@ -16,10 +16,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
 
+from hetmoe.analog.converters import round_half_even
 from hetmoe.analog.devices import GroupRange, Stream
 from hetmoe.ops.grouped_crossbar import kernel_math
 from hetmoe.ops.grouped_crossbar.blocks import ANALOG, DIGITAL, EMPTY, Matrix, Tables
 from hetmoe.ops.grouped_crossbar.shape import Shape, weights_of
+from hetmoe.ops.triton_instructions import clip, multiply_add
 
 BLOCKS_SIDE_BY_SIDE = 8  # of rows, before the next columns: their inputs and the weights stay in the cache together
 
@@ -39,16 +41,24 @@ def blocks_matmul(
     out_shape = [jax.ShapeDtypeStruct((blocks, block, packed), jnp.float32)] * count
     out_shape += [jax.ShapeDtypeStruct((blocks, shape.layout.tiles, block, packed), jnp.int8)] * kept_count
 
+    together, stripes = 1 if shape.sizes.apart else count, packed // shape.columns
+
     def kernel(*refs: Any) -> None:
         x_ref, bound_ref, of, parts = jax.tree.unflatten(tree, refs[: len(inputs)])
-        place = side_by_side(blocks, packed // shape.columns)
-        outs = refs[len(inputs) :]
-        _program_instance(x_ref, bound_ref, of, parts, (outs[:count], outs[count:]), shape, place)
+        outs, insides = refs[len(inputs) :][:count], refs[len(inputs) :][count:]
+        b, number = side_by_side(blocks, count // together * stripes)
+        place = b, jax.lax.rem(number, stripes)
+        for first in range(0, count, together):
+            own = slice(first, first + together)
+
+            @pl.when(jax.lax.div(number, stripes) * together == first)
+            def _own(own: slice = own) -> None:
+                _program_instance(x_ref, bound_ref, of, parts[own], (outs[own], insides[own]), shape, place, interpret)
 
     found = tuple(
         pl.pallas_call(
             kernel,
-            grid=(blocks * (packed // shape.columns),),
+            grid=(blocks * (count // together) * stripes,),
             out_shape=out_shape,
             compiler_params=plgpu.CompilerParams(num_warps=shape.sizes.warps, num_stages=shape.sizes.stages),
             interpret=interpret,
@@ -68,7 +78,8 @@ def converted(x: Array, tables: Tables, shape: Shape, dtype: jnp.dtype) -> tuple
         bound = jnp.broadcast_to(tables.input_range[:, None, :], in_tiles.shape[:3])
     if bits is None:
         return x.astype(dtype), bound.swapaxes(1, 2)
-    codes = kernel_math.dac_codes(in_tiles, bound[..., None], bits)
+    bounds = bound[..., None]
+    codes = round_half_even(jnp.clip(in_tiles, -bounds, bounds) / kernel_math.step_size(bounds, bits))
     codes = jnp.where((tables.mode == ANALOG)[:, None, None, None], codes, in_tiles).reshape(x.shape)
     return codes.astype(dtype), bound.swapaxes(1, 2)
 
@@ -93,7 +104,7 @@ def side_by_side(blocks: int, stripes: int) -> tuple[Array, Array]:
 
 def _program_instance(
     x: Any, bound: Any, of: Tables, matrices: tuple[Matrix, ...], results: tuple[tuple[Any, ...], tuple[Any, ...]],
-    shape: Shape, place: tuple[Array, Array],
+    shape: Shape, place: tuple[Array, Array], interpret: bool,
 ) -> None:  # fmt: skip
     """One block of rows by some columns, at `place`."""
     (outs, insides), (b, n) = results, place
@@ -108,7 +119,7 @@ def _program_instance(
 
         @pl.when(mode == ANALOG)
         def _analog() -> None:
-            write(_analog_block(x, bound, of, matrices, insides, shape, b, n))
+            write(_analog_block(x, bound, of, matrices, insides, shape, place, interpret))
 
     if matrices[0].clean is not None:
 
@@ -160,47 +171,73 @@ def part(w: Any, index: Array, rows: Any, n: Array, shape: Shape) -> Array:
 
 
 def _analog_block(
-    x: Any, bounds: Any, of: Tables, matrices: tuple[Matrix, ...], insides: tuple[Any, ...], shape: Shape, b: Array,
-    n: Array,
+    x: Any, bounds: Any, of: Tables, matrices: tuple[Matrix, ...], insides: tuple[Any, ...], shape: Shape,
+    place: tuple[Array, Array], interpret: bool,
 ) -> Any:  # fmt: skip
-    layout, chunk = shape.layout, shape.sizes.chunk
+    """Chunks of all tiles in one loop: a loop of its own for each tile would wait for memory whenever it begins."""
+    (b, n), (layout, chunk) = place, (shape.layout, shape.sizes.chunk)
+    chunks, nothing = layout.tile // chunk, tuple(None for _ in matrices)
+    chip, adc_bound = load(of.chip, b), load(of.adc_bound, b)
 
-    def one_tile(t: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
-        def add(c: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-            rows = pl.ds(t * layout.tile + c * chunk, chunk)
-            inputs = load(x, b, slice(None), rows)
-            return tuple(
-                total + kernel_math.dot(inputs, weights_chunk(of, m, shape, b, n, t, c, rows), inputs.dtype)
-                for m, total in zip(matrices, sums, strict=True)
-            )
+    def bounds_of(t: Array) -> tuple[Array, tuple[Array, ...]]:
+        """Of the inputs of a tile, and of its weights."""
+        bound = load(bounds, b, t, slice(None))
+        if shape.options.adc_bits is None:
+            return bound, ()
+        return bound, tuple(_per_tile(m.chip.weight_max, chip, t, n, shape) for m in matrices if m.chip)
 
-        sums = jax.lax.fori_loop(0, layout.tile // chunk, add, _zeros(x, matrices, shape))
-        bound = load(bounds, b, t, slice(None))[:, None]
-        inside_refs = insides or tuple(None for _ in matrices)
-        return tuple(
-            total + _convert(y, of, m, inside, shape, bound, (b, n, t))
-            for m, y, inside, total in zip(matrices, sums, inside_refs, totals, strict=True)
+    def add(c: Array, carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        t, within = jax.lax.div(c, chunks), jax.lax.rem(c, chunks)
+        totals, sums, bound = carry
+        rows = pl.ds(c * chunk, chunk)
+        inputs = load(x, b, slice(None), rows)
+        sums = tuple(
+            y + kernel_math.dot(inputs, weights_chunk(of, m, shape, b, n, t, within, rows), inputs.dtype)
+            for m, y in zip(matrices, sums, strict=True)
         )
 
-    return jax.lax.fori_loop(0, layout.tiles, one_tile, _zeros(x, matrices, shape))
+        def read(totals: Any, sums: Any, bound: Any) -> tuple[Any, Any, Any]:
+            of_inputs = bound[0][:, None]
+            limits = tuple(of_inputs * adc_bound * largest for largest in bound[1])
+            found = tuple(
+                total + _convert(y, inside, shape, of_inputs, limit, (b, n, t), interpret)
+                for y, inside, limit, total in zip(sums, insides or nothing, limits or nothing, totals, strict=True)
+            )
+            # The next tile's sums. A constant would be written in two instructions each.
+            zero = jnp.where(of_inputs >= 0, 0.0, jnp.nan)
+            following = jnp.minimum(t + 1, layout.tiles - 1)
+            return found, tuple(jnp.broadcast_to(zero, y.shape) for y in sums), bounds_of(following)
+
+        return jax.lax.cond(within == chunks - 1, read, lambda *carry: carry, totals, sums, bound)
+
+    zeros = _zeros(x, matrices, shape)
+    return jax.lax.fori_loop(0, layout.tiles * chunks, add, (zeros, zeros, bounds_of(jnp.int32(0))))[0]
 
 
 def _convert(
-    y: Array, of: Tables, matrix: Matrix, inside: Any, shape: Shape, bound: Array, place: tuple[Array, Array, Array]
-) -> Array:
+    y: Array, inside: Any, shape: Shape, bound: Array, limit: Array | None, place: tuple[Array, Array, Array],
+    interpret: bool,
+) -> Array:  # fmt: skip
     """A tile's sums over codes, as its ADC reads them; `inside` gets which of them are within its bound."""
     options, (b, n, t) = shape.options, place
-    if options.dac_bits is not None:
-        y = y * kernel_math.step_size(bound, options.dac_bits)
+    step = jnp.ones_like(bound) if options.dac_bits is None else kernel_math.step_size(bound, options.dac_bits)
     if options.adc_bits is None:
-        return y
-    assert matrix.chip is not None
-    largest = _per_tile(matrix.chip.weight_max, load(of.chip, b), t, n, shape)
-    limit = bound * load(of.adc_bound, b) * largest
+        return y * step
+    assert limit is not None
     if inside is not None:
         columns = pl.ds(n * shape.columns, shape.columns)
-        plgpu.store(inside.at[b, t, :, columns], kernel_math.passes_adc(y, limit))
-    return kernel_math.adc(y, limit, options.adc_bits)
+        plgpu.store(inside.at[b, t, :, columns], kernel_math.passes_adc(y * step, limit))
+    return _adc(y, step, limit, options.adc_bits, interpret=interpret)
+
+
+def _adc(y: Array, scale: Array, bound: Array, bits: int, *, interpret: bool) -> Array:
+    """`kernel_math.adc` of `y * scale` in six instructions for each sum: a program has as many as it can multiply."""
+    step = kernel_math.step_size(bound, bits)
+    # Float32 numbers near 1.5 * 2**23 are whole. It is no constant, so that no compiler takes it out again.
+    whole = jnp.where(step > 0, 1.5 * 2.0**23, jnp.nan)
+    code = multiply_add(y, scale / step, whole, interpret=interpret) - whole
+    # Where the bound is too small to have steps, no code has a height.
+    return clip(code * jnp.where(step > bound, 0.0, step), bound, interpret=interpret)
 
 
 def _per_tile(values: Any, index: Array, t: Array, n: Array, shape: Shape) -> Array:

@@ -43,8 +43,8 @@ def inputs_gradient(
     interpret: bool,
 ) -> Array:
     """As `pallas_tpu_backward.inputs_gradient`."""
-    blocks, _, rows = x.shape
-    shape = dataclasses.replace(shape, sizes=for_gradients(shape.sizes))
+    blocks, block, rows = x.shape
+    shape = dataclasses.replace(shape, sizes=for_gradients(shape.sizes, block, len(grads)))
     given = (x, grads, insides, tables, tuple(flat_words(matrix) for matrix in matrices))
     inputs, tree = jax.tree.flatten(given)
     chunks = rows // shape.sizes.chunk
@@ -140,8 +140,8 @@ def weights_gradient(
     interpret: bool,
 ) -> tuple[Array, ...]:
     """As `pallas_tpu_backward.weights_gradient`."""
-    rows, packed = x.shape[2], grads[0].shape[2]
-    shape = dataclasses.replace(shape, sizes=for_gradients(shape.sizes))
+    (_, block, rows), packed = x.shape, grads[0].shape[2]
+    shape = dataclasses.replace(shape, sizes=for_gradients(shape.sizes, block, len(grads)))
     chunks, stripes = rows // shape.sizes.chunk, packed // shape.columns
     codes, step = _converted(x, tables, shape, dtype)
     inputs, tree = jax.tree.flatten((codes, step, grads, insides, make_ranges(tables.mode, slot, slots)))

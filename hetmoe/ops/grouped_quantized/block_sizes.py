@@ -11,6 +11,7 @@ from hetmoe.quantize.grid import Grid
 from hetmoe.quantize.packed import PLANES
 
 CUDA_CHUNK = {1: 16, 2: 32, 3: 32, 4: 32, 8: 64}  # bytes, by bits; for 3 bits at least a whole group's 32
+CODES_PROGRAMS = 512  # about four for each multiprocessor of an H100 or H200
 TILE_WEIGHTS = 2**20  # unpacked by one step on TPU: 4 MiB in float32
 
 
@@ -26,6 +27,21 @@ def choose(platform: Platform, *, grid: Grid, rows: int, columns: int, block: in
     stripe = next((size for size in (16, 32, 64, 128) if size >= min(columns, widest)), widest)
     warps = 8 if block * stripe >= 128 * 64 else 4
     return BlockSizes(columns=stripe, chunk=CUDA_CHUNK[grid.bits], warps=warps, stages=3)
+
+
+def choose_for_codes(grid: Grid, rows: int, columns: int, programs: int) -> BlockSizes:
+    """Sizes of the GPU's products with codes, of `programs` blocks and matrices.
+
+    The more columns a program makes, the fewer of its instructions are for anything but codes, down to half of them;
+    but there should be as many programs as multiprocessors hold, four each.
+    """
+    planes = PLANES[grid.bits]
+    busy = (size for size in (256, 128) if columns % size == 0 and programs * (columns // size) >= CODES_PROGRAMS)
+    stripe = next(busy, next((size for size in (32, 64) if size >= columns), 64))
+    most = 64 * 256 // stripe // len(planes)  # rows of weights at a time, as registers allow
+    held, count = grid.group * planes[0] // 8, grid.groups_of(rows)
+    groups = next((number for number in (4, 2) if number * grid.group <= most and count % number == 0), 1)
+    return BlockSizes(columns=stripe, chunk=groups * held, warps=4, stages=3 if grid.bits == 8 else 4)
 
 
 def _tpu(grid: Grid, rows: int, columns: int) -> BlockSizes:

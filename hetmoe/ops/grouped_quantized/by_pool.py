@@ -7,8 +7,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hetmoe.ops.grouped_crossbar.block_sizes import Platform
 from hetmoe.ops.grouped_crossbar.digital import digital_blocks
-from hetmoe.ops.grouped_quantized.pallas import packed_blocks
-from hetmoe.ops.grouped_quantized.shape import Static
+from hetmoe.ops.grouped_quantized.pallas import packed_products
+from hetmoe.ops.grouped_quantized.shape import Operand, Static
+from hetmoe.quantize.grid import Grid
 from hetmoe.quantize.mixed import MixedMatrix
 from hetmoe.quantize.packed import Packed
 
@@ -22,21 +23,31 @@ def pool_products(
 ) -> tuple[Float[Array, "blocks block N"], ...]:
     """As `xla.quantized_products`, by the kernels of the platform; `interpret` as in `Static`.
 
-    A pool's kernel goes over all blocks, and gives zero for those whose expert is in another one.
+    A pool's kernel goes over all blocks, and gives zero for those whose expert is in another one. Matrices whose pools
+    are alike share its calls.
     """
-    return tuple(_product(x, matrix, block_expert, used, interpret) for matrix in matrices)
+    if len({_kinds(matrix) for matrix in matrices}) > 1:
+        alone = functools.partial(pool_products, block_expert=block_expert, used=used, interpret=interpret)
+        return tuple(alone(x, (matrix,))[0] for matrix in matrices)
+    results = [list[Array]() for _ in matrices]
+    for number in range(len(matrices[0].pools)):
+        packed, found = list[Operand](), list[Array]()
+        for matrix in matrices:
+            stored = matrix.pools[number]
+            if stored.shape[0] == 0:
+                continue
+            own = used & (matrix.places.pool[block_expert] == number)
+            slot = jnp.where(own, matrix.places.slot[block_expert], 0)
+            if isinstance(stored, Packed):
+                packed.append(Operand(own=own, slot=slot, packed=stored))
+            else:
+                found += digital_blocks(x, (stored,), slot, own, interpret)
+        if packed:
+            found += packed_products(x, tuple(packed), Static(interpret=interpret))
+        for result, y in zip(results, found, strict=False):  # nothing where the pool is empty
+            result.append(y)
+    return tuple(functools.reduce(jnp.add, parts) for parts in results)
 
 
-def _product(x: Array, matrix: MixedMatrix, block_expert: Array, used: Array, interpret: Platform | None) -> Array:
-    pool, slot = matrix.places.pool[block_expert], matrix.places.slot[block_expert]
-    results: list[Array] = []
-    for number, stored in enumerate(matrix.pools):
-        if stored.shape[0] == 0:
-            continue
-        own = used & (pool == number)
-        at = jnp.where(own, slot, 0)
-        if isinstance(stored, Packed):
-            results.append(packed_blocks(x, own, at, stored, Static(interpret=interpret)))
-        else:
-            results += digital_blocks(x, (stored,), at, own, interpret)
-    return functools.reduce(jnp.add, results)
+def _kinds(matrix: MixedMatrix) -> tuple[tuple[tuple[int, ...], Grid | None], ...]:
+    return tuple((stored.shape, stored.grid if isinstance(stored, Packed) else None) for stored in matrix.pools)

@@ -15,9 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hetmoe.ops.grouped_crossbar.block_sizes import Platform
 from hetmoe.ops.grouped_crossbar.platforms import on_platform
-from hetmoe.ops.grouped_quantized import pallas_tpu, pallas_triton
-from hetmoe.ops.grouped_quantized.block_sizes import choose
-from hetmoe.ops.grouped_quantized.shape import Shape, Static, arrange_rows
+from hetmoe.ops.grouped_quantized import pallas_tpu, pallas_triton, triton_codes
+from hetmoe.ops.grouped_quantized.block_sizes import choose, choose_for_codes
+from hetmoe.ops.grouped_quantized.shape import Operand, Shape, Static, arrange_rows
 from hetmoe.ops.grouped_quantized.xla import transposed_product
 from hetmoe.ops.mapped_axis import element_numbers, fold_axis
 from hetmoe.quantize.packed import Packed
@@ -28,7 +28,6 @@ KERNELS: dict[Platform, Callable[..., Array]] = {
 }
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def packed_blocks(
     x: Float[Array, "blocks block K"],
     own: Bool[Array, "blocks"],
@@ -36,62 +35,89 @@ def packed_blocks(
     packed: Packed,
     static: Static,
 ) -> Float[Array, "blocks block N"]:
+    """`packed_products` of one operand."""
+    return packed_products(x, (Operand(own=own, slot=slot, packed=packed),), static)[0]
+
+
+def packed_products(
+    x: Float[Array, "blocks block K"], operands: tuple[Operand, ...], static: Static
+) -> tuple[Float[Array, "blocks block N"], ...]:
     """Products of blocks of rows with packed matrices `[stored, K, N]`, unpacked on the way; float32.
 
-    Weights are rounded to the dtype of `x` before they are multiplied, and each is read once for the blocks that meet
-    it, or once for each of them (GPU).
+    Weights are rounded to the dtype of `x` before they are multiplied (few rows of bfloat16 on GPU: not rounded), and
+    each is read once for the blocks that meet it, or once for each of them (GPU).
 
     Args:
         x: blocks of rows; their number and that of a block's rows as `rows_per_block` and `BLOCKS_MULTIPLE` of
             `hetmoe.ops.grouped_crossbar.block_sizes`.
-        own: False for blocks that need not be multiplied, whose results are zero.
-        slot: which matrix each of the other blocks meets; blocks of one matrix follow each other.
-        packed: matrices of one precision.
+        operands: of one precision and shape.
         static: what is static.
     """
-    return _forward(static)(x, own, slot, packed)
+    return _packed_products(x, operands, static)
 
 
-def _fwd(x: Array, own: Array, slot: Array, packed: Packed, static: Static) -> tuple[Array, Any]:
-    return packed_blocks(x, own, slot, packed, static), (jnp.zeros((0,), x.dtype), own, slot, packed)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _packed_products(x: Array, operands: tuple[Operand, ...], static: Static) -> Any:
+    return _forward(static)(x, operands)
 
 
-def _bwd(static: Static, residuals: Any, grad: Array) -> tuple[Array, None, None, None]:
+def _fwd(x: Array, operands: tuple[Operand, ...], static: Static) -> tuple[Any, Any]:
+    return _packed_products(x, operands, static), (jnp.zeros((0,), x.dtype), operands)
+
+
+def _bwd(static: Static, residuals: Any, grads: tuple[Array, ...]) -> tuple[Array, None]:
     del static
-    like, own, slot, packed = residuals
-    return transposed_product(grad, packed, slot, own).astype(like.dtype), None, None, None
+    like, operands = residuals
+    parts = [transposed_product(grad, o.packed, o.slot, o.own) for grad, o in zip(grads, operands, strict=True)]
+    return functools.reduce(jnp.add, parts).astype(like.dtype), None
 
 
-packed_blocks.defvjp(_fwd, _bwd)
+_packed_products.defvjp(_fwd, _bwd)
 
 
 @functools.cache
-def _forward(static: Static) -> Callable[[Array, Array, Array, Packed], Array]:
+def _forward(static: Static) -> Callable[[Array, tuple[Operand, ...]], tuple[Array, ...]]:
     @custom_vmap
-    def run(x: Array, own: Array, slot: Array, packed: Packed) -> Array:
-        out = jax.ShapeDtypeStruct((*x.shape[:2], packed.shape[-1]), jnp.float32)
-        return on_platform(static.interpret, functools.partial(_on, static=static), out, x, own, slot, packed)
+    def run(x: Array, operands: tuple[Operand, ...]) -> tuple[Array, ...]:
+        outs = tuple(jax.ShapeDtypeStruct((*x.shape[:2], o.packed.shape[-1]), jnp.float32) for o in operands)
+        return on_platform(static.interpret, functools.partial(_on, static=static), outs, x, operands)
 
     @run.def_vmap
-    def _rule(size: int, batched: Any, x: Array, own: Array, slot: Array, packed: Packed) -> Any:
-        x_has, own_has, slot_has, packed_has = batched
-        blocks, join = own.shape[-1], functools.partial(fold_axis, size)
-        x, own, slot = join(x, x_has), join(own, own_has), join(slot, slot_has)
-        if any(jax.tree.leaves(packed_has)):
-            packed = jax.tree.map(join, packed, packed_has)
-            y = run(x, own, slot + element_numbers(size, blocks) * (packed.shape[0] // size), packed)
+    def _rule(size: int, batched: Any, x: Array, operands: tuple[Operand, ...]) -> Any:
+        x_has, operands_has = batched
+        blocks, join = operands[0].own.shape[-1], functools.partial(fold_axis, size)
+        element = element_numbers(size, blocks)
+        x, joined = join(x, x_has), list[Operand]()
+        for operand, has in zip(operands, operands_has, strict=True):
+            own, slot, packed = join(operand.own, has.own), join(operand.slot, has.slot), operand.packed
+            if any(jax.tree.leaves(has.packed)):
+                packed = jax.tree.map(join, packed, has.packed)
+                slot = slot + element * (packed.shape[0] // size)
+            joined.append(Operand(own=own, slot=slot, packed=packed))
+        if any(jax.tree.leaves([has.packed for has in operands_has])):
+            ys = run(x, tuple(joined))
         else:  # every element's: side by side, so that they are read once
-            order = jnp.argsort(jnp.where(own, slot, packed.shape[0]), stable=True)
-            y = run(x[order], own[order], slot[order], packed)[jnp.argsort(order)]
-        return y.reshape(size, blocks, *y.shape[1:]), True
+            first = joined[0]
+            order = jnp.argsort(jnp.where(first.own, first.slot, first.packed.shape[0]), stable=True)
+            ordered = tuple(Operand(own=o.own[order], slot=o.slot[order], packed=o.packed) for o in joined)
+            ys = tuple(y[jnp.argsort(order)] for y in run(x[order], ordered))
+        parts = tuple(y.reshape(size, blocks, *y.shape[1:]) for y in ys)
+        return parts, tuple(True for _ in parts)
 
     return run
 
 
-def _on(platform: Platform, x: Array, own: Array, slot: Array, packed: Packed, *, static: Static) -> Array:
+def _on(platform: Platform, x: Array, operands: tuple[Operand, ...], *, static: Static) -> tuple[Array, ...]:
     """Arranges the rows as the platform's kernel wants them, and runs it."""
-    rows, columns = packed.shape[1:]
-    sizes = static.sizes or choose(platform, grid=packed.grid, rows=rows, columns=columns, block=x.shape[1])
-    shape = Shape(grid=packed.grid, rows=rows, width=columns, sizes=sizes)
-    arranged, tables = arrange_rows(x, shape), (own.astype(jnp.int32), slot.astype(jnp.int32))
-    return KERNELS[platform](arranged, *tables, packed, shape, interpret=static.interpret is not None)
+    grid, (rows, columns) = operands[0].packed.grid, operands[0].packed.shape[1:]
+    assert all((o.packed.grid, o.packed.shape[1:]) == (grid, (rows, columns)) for o in operands)
+    by_codes = platform == "cuda" and triton_codes.serves(x, operands[0].packed)
+    if by_codes:
+        sizes = static.sizes or choose_for_codes(grid, rows, columns, x.shape[0] * len(operands))
+    else:
+        sizes = static.sizes or choose(platform, grid=grid, rows=rows, columns=columns, block=x.shape[1])
+    shape, interpret = Shape(grid=grid, rows=rows, width=columns, sizes=sizes), static.interpret is not None
+    if by_codes:
+        return triton_codes.blocks_matmul(x, operands, shape, interpret=interpret)
+    run = functools.partial(KERNELS[platform], arrange_rows(x, shape), shape=shape, interpret=interpret)
+    return tuple(run(o.own.astype(jnp.int32), o.slot.astype(jnp.int32), o.packed) for o in operands)

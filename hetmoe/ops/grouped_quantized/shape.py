@@ -8,12 +8,13 @@ side by side once the rows are arranged by position (`arrange_rows`).
 import dataclasses
 
 from einops import rearrange
-from jaxtyping import Array, Float
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
 
 from hetmoe.ops.grouped_crossbar.block_sizes import BlockSizes, Platform
 from hetmoe.ops.grouped_crossbar.packing import pad_axis
 from hetmoe.quantize.grid import Grid
-from hetmoe.quantize.packed import PLANES
+from hetmoe.quantize.packed import PLANES, Packed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,15 @@ class Static:
 
     interpret: Platform | None
     sizes: BlockSizes | None = None
+
+
+@struct.dataclass
+class Operand:
+    """Matrices of one precision, and which of them blocks of rows meet."""
+
+    own: Bool[Array, "blocks"]  # False for blocks that need not be multiplied, whose results are zero
+    slot: Int[Array, "blocks"]  # which matrix each of the other blocks meets; blocks of one matrix follow each other
+    packed: Packed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
