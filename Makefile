@@ -21,7 +21,7 @@ demo: $(VENV)/.installed  ## evaluate the embedded model on noisy crossbars: bui
 	$(VENV)/bin/hetmoe eval reference $(DEMO_ARGS)
 
 test: $(VENV)/.installed-test  ## run the tests; PYTEST_ARGS are passed on, for example PYTEST_ARGS='-m slow'
-	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --max-worker-restart 0 $(PYTEST_ARGS)
 
 test-browser: $(VENV)/.installed-test  ## open a report in headless Chromium (Debian: chromium, chromium-driver): build/browser
 	$(VENV)/bin/python -m pytest -m browser tests/browser $(PYTEST_ARGS)

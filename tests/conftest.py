@@ -11,7 +11,9 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 
 import functools
+import gc
 import typing
+from pathlib import Path
 
 import beartype
 import hypothesis
@@ -61,6 +63,22 @@ def _leave_fields_unchecked(dataclass):
 
 
 struct.dataclass = _leave_fields_unchecked(struct.dataclass)
+
+
+MOST_MAPS = 16_384  # a quarter of what Linux allows a process by default (vm.max_map_count)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_memory_maps():
+    """Every program that XLA compiles takes memory maps; a process that has none left crashes in the next compilation.
+
+    What a file compiled is thus thrown away behind it, once there is much of it.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

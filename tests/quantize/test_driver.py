@@ -53,7 +53,11 @@ def test_every_matrix_is_quantized_at_its_bits(method: Any) -> None:
             at = bits()[..., column] == level
             if at.any():
                 wanted = values_of(alone(jnp.asarray(w[at]), recipe.grid(level)))
-                np.testing.assert_allclose(values_now[at], wanted, rtol=2**-22, atol=0)
+                # HQQ's zeros are sums, which another batch of matrices may add in another order: where one lies between
+                # two float16 numbers its group is moved by their distance, at most 2**-10 of the largest weight.
+                moved = ~np.isclose(values_now[at], wanted, rtol=2**-22, atol=0)
+                assert moved.mean() <= (0.0 if method == "rtn" else 0.01)
+                np.testing.assert_allclose(values_now[at], wanted, rtol=0, atol=2**-10 * np.abs(w).max())
 
 
 def test_what_is_not_an_expert_stays_as_it_is() -> None:
