@@ -36,7 +36,7 @@ from hetmoe.serving.requests import Request, poisson_requests, read_trace, total
 from hetmoe.serving.summary import summarise
 
 SPANS = 30  # of the timeline, where no width is given
-KNOWN_TOKENS = 4096  # of text that the policy's losses are estimated on
+KNOWN_TOKENS = 4096  # of text that the policy's losses are estimated on, at most
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,8 @@ class SimulateRequest(PlacementOptions, RoutingOptions):
                 or self.fraction is not None
             ):
                 raise InputError("--adaptive decides on the placement itself: leave out --plan, --placement and --rule")
-            self.spec(), self.schedules()
+            self.spec()
+            self.schedules()
         elif self.budget or self.noise or self.observe is not None or self.dwell is not None:
             raise InputError("--budget, --noise, --observe and --dwell are for --adaptive")
         if self.output is not None:
@@ -165,7 +166,9 @@ def _adaptive(
     assert model is not None
     refuse_quantized(model.params, "the runtime policy decides on")
     budget, noise = request.schedules()
-    sample, _ = unevaluated_text(model, choose_text(request.text), tokens=KNOWN_TOKENS, seq=request.seq)
+    sample, _ = unevaluated_text(
+        model, choose_text(request.text), tokens=min(KNOWN_TOKENS, request.tokens), seq=request.seq
+    )
     key, chip = jax.random.split(jax.random.key(request.seed))
     last = max(requests[-1].arrival_s, 1e-3)
     every = request.observe or last / SPANS

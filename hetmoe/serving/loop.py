@@ -110,7 +110,7 @@ class _Server:
     def _look(self) -> tuple[Plan, float]:
         """(the plan from now on, time of the next look)."""
         plan, every = self.controller.look(self.now, self.tokens), self.controller.every_s
-        self.timeline.act(plan.action_j)
+        self.timeline.act(self.now, plan.action_j)
         self.tokens = 0
         # A look that rounding puts a little early counts as the one that was due.
         return plan, math.inf if math.isinf(every) else (math.floor(self.now / every + 1e-9) + 1) * every

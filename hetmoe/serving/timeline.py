@@ -39,6 +39,7 @@ class Span:
         }  # fmt: skip
 
 
+ROUNDING = 1e-6  # of a width
 SUMS = ("tokens", "prompt_tokens", "steps", "busy_s", "energy_j", "action_j", "waiting_s", "running_s")
 
 
@@ -73,8 +74,10 @@ class Timeline:
             start, left = self._now.end_s, left - share
             self._close(self._now.end_s)
 
-    def act(self, energy: float) -> None:
-        """Energy of actions, at once."""
+    def act(self, time_s: float, energy: float) -> None:
+        """Energy of actions, at once; at a boundary (but for rounding) they belong to what comes after it."""
+        if time_s >= self._now.end_s - ROUNDING * self._width:
+            self._close(self._now.end_s)
         self._now.action_j += energy
 
     def finish(self, end_s: float) -> None:
