@@ -10,6 +10,7 @@ from hetmoe.checkpoint.save import save_model
 from hetmoe.errors import CheckpointWarning, InputError
 from hetmoe.evaluate.calibrate import calibrate, collect_statistics
 from hetmoe.evaluate.calibration_file import load_calibration, save_calibration
+from hetmoe.hardware.predict import predict_decode
 from hetmoe.models.config import ModelConfig
 from hetmoe.models.model import Model
 from hetmoe.models.params import Params
@@ -54,6 +55,7 @@ __all__ = [
     "module_parameters",
     "place",
     "place_within",
+    "predict_decode",
     "program",
     "save_calibration",
     "save_model",

@@ -14,6 +14,7 @@ from hetmoe.analog.read_noise import make_read_noise
 from hetmoe.analog.spec import analog_spec
 from hetmoe.errors import InputError
 from hetmoe.models.config import ModelConfig
+from hetmoe.models.decode import empty_cache, extend
 from hetmoe.models.model import Model
 from hetmoe.models.params import Params
 from hetmoe.models.transformer import forward
@@ -82,6 +83,25 @@ def assert_same(found: Any, wanted: Any) -> None:
 def test_digital_model_is_that_of_the_weights_that_codes_stand_for() -> None:
     quantized, plain = models()
     assert_same(_forward(quantized, tokens(), CONFIG), _forward(plain, tokens(), CONFIG))
+
+
+@pytest.mark.parametrize("is_analog", [False, True])
+def test_decoding_gives_the_logits_of_the_whole_text(is_analog: bool) -> None:
+    quantized, plain = models()
+    spec = analog_spec("additive", noise_scale=2.0, dac_bits=None, adc_bits=None)
+    analog: dict[str, Any] = {}
+    if is_analog:
+        held = _program(KEY, quantized, spec, dense=False)
+        analog = {"plan": partly(experts_analog(CONFIG)), "spec": spec, "programmed": held}
+    wanted = _forward(quantized, tokens(), CONFIG, **analog) if is_analog else _forward(plain, tokens(), CONFIG)
+    run = jax.jit(extend, static_argnames="config")
+    logits, cache = run(quantized, tokens()[:, :5], empty_cache(CONFIG, 2, 9, jnp.float32), CONFIG, **analog)
+    for position in range(5, 9):
+        np.testing.assert_allclose(logits, wanted[:, position - 1], rtol=0, atol=2e-5 * np.abs(wanted).max())
+        logits, cache = run(quantized, tokens()[:, position : position + 1], cache, CONFIG, **analog)
+    held = _program(KEY, quantized, spec, dense=False)
+    with pytest.raises(InputError, match="puts 7 quantized experts on crossbars"):
+        extend(quantized, tokens(), cache, CONFIG, plan=experts_analog(CONFIG), spec=spec, programmed=held)
 
 
 @pytest.mark.parametrize(("make_plan", "bits"), [(experts_analog, 8), (all_analog, None)])
