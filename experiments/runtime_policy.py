@@ -30,7 +30,7 @@ import typer
 
 from common import Options, Setup, as_record, digits, make_table, prepare, run
 from hetmoe.evaluate.statistics import mean_interval
-from hetmoe.hardware.description import open_description
+from hetmoe.hardware.description import KINDS, Kind, open_description
 from hetmoe.hardware.routing_file import observe_routing
 from hetmoe.placement.scores import random_scores
 from hetmoe.runtime.knowledge import Costs, make_knowledge
@@ -42,7 +42,7 @@ HOT, HOTTER = (24, 42), 1.8
 SHARES = ((0, 0.25), (36, 0.10), (54, 0.50), (63, 0.25))  # from this hour on: of the way from analog to digital
 TOKENS_PER_S = 2000.0
 NEVER = 1e9  # a growth of noise that is never reached
-DESCRIBED = {"digital": "a100-80gb", "analog": "ibm-3d-cim", "link": "pcie4-x16"}
+DESCRIBED: dict[Kind, str] = {"digital": "a100-80gb", "analog": "ibm-3d-cim", "link": "pcie4-x16"}
 COLOURS = {
     "oracle": "#595959", "adaptive": "#0072B2", "adaptive, never reprogrammed": "#56B4E9",
     "static, compensated": "#D55E00", "static, uncompensated": "#CC79A7", "static, mean budget": "#E69F00",
@@ -87,8 +87,8 @@ def run_all(setup: Setup, simulator: Simulator, scenario: Scenario) -> tuple[Run
     smallest = static_plans(setup, know, min(scenario.budget))
     mean = static_plans(setup, know, float(np.average(scenario.budget, weights=scenario.tokens)))
     still = Simulator(
-        setup.model, know.replace(stale=jnp.float32(NEVER)), simulator.spec, setup.calibration, setup.text.batches,
-        probes=simulator.probes,
+        setup.model, dataclasses.replace(know, stale=jnp.float32(NEVER)), simulator.spec, setup.calibration,
+        setup.text.batches, probes=simulator.probes,
     )  # fmt: skip
     chosen: list[dict[str, Any]] = []
     for number, key in enumerate(setup.keys):
@@ -192,7 +192,7 @@ def main(
     sample = setup.text.sample.tokens
     knowledge = make_knowledge(
         setup.model, sample, spec, observe_routing(setup.model, sample[:, :-1]).frequency,
-        **{kind: open_description(name, kind) for kind, name in DESCRIBED.items()},
+        **{kind: open_description(DESCRIBED[kind], kind) for kind in KINDS},
         costs=Costs(probes=probes), key=setup.score_key,
     )  # fmt: skip
     scenario = three_days(knowledge)

@@ -104,7 +104,8 @@ class AllocateRequest:
             if getattr(self, name) < value:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least {value}")
         parse_dtype(self.dtype)
-        self.bits(), self.budgets(), self.recipe(), self.spec()
+        for part in (self.bits, self.budgets, self.recipe, self.spec):
+            part()
         if self.report and self.time_s is not None:
             raise InputError("--report bounds errors right after programming: leave out --time")
         check_new_directory(self.output)

@@ -114,7 +114,8 @@ class ParetoRequest:
                 raise InputError(f"--{name} {value} must be at least {least}")
         if self.quantizer == "gptq":
             raise InputError("--quantizer gptq: a search compares many precisions; use hqq or rtn")
-        self.levels(), self.spec(), self.recipe()
+        for part in (self.levels, self.spec, self.recipe):
+            part()
         check_new_directory(self.output)
         check_writable(self.output / "pareto.json")
         return self.output

@@ -1,5 +1,6 @@
 """What a step asks of any hardware: bytes, FLOP, and vectors for analog matrices, for each kind of module."""
 
+import dataclasses
 import functools
 
 import jax
@@ -90,7 +91,8 @@ def _attention(config: ModelConfig, shape: ModuleShape, where: Deployment, step:
     router = moe * config.hidden_size * config.num_experts
     embedding = jnp.zeros_like(moe).at[0].set(step.tokens * config.hidden_size)
     ends = moe * (config.hidden_size + config.num_experts) * step.tokens
-    return of_projections.replace(
+    return dataclasses.replace(
+        of_projections,
         weight_bytes=of_projections.weight_bytes + (router + embedding) * where.weight_bytes,
         cache_bytes=elements * (step.cached + step.tokens) * where.element_bytes,
         activation_bytes=of_projections.activation_bytes + ends * where.element_bytes,

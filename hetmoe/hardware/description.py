@@ -44,18 +44,21 @@ class Field:
     optional: bool = False
 
 
+def _fraction(about: str) -> Field:
+    return Field(unit=PLAIN, about=about, most=1.0)
+
+
 def _count(about: str, *, optional: bool = False) -> Field:
     return Field(unit=PLAIN, about=about, whole=True, optional=optional)
 
 
-_FRACTION = {"unit": PLAIN, "most": 1.0}
 FIELDS: dict[Kind, dict[str, Field]] = {
     "digital": {
         "memory.capacity": Field(unit="B", about="memory for weights and the key-value cache"),
         "memory.bandwidth": Field(unit="B/s", about="peak rate of reading and writing it"),
-        "memory.utilisation": Field(**_FRACTION, about="share of that rate that large transfers reach"),
+        "memory.utilisation": _fraction("share of that rate that large transfers reach"),
         "compute.rate": Field(unit="FLOP/s", about="peak rate of dense matmuls; a multiply-add is 2 FLOP"),
-        "compute.utilisation": Field(**_FRACTION, about="share of that rate that large matmuls reach"),
+        "compute.utilisation": _fraction("share of that rate that large matmuls reach"),
         "power.busy": Field(unit="W", about="while it works"),
         "power.idle": Field(unit="W", about="while it waits for other parts", zero=True),
         "die.area": Field(unit="m**2", about="of the processor's die, without memory", optional=True),

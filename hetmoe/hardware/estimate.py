@@ -82,7 +82,8 @@ def estimate(config: ModelConfig, demand: ModelDemand, system: System, schedule:
 
     def total(field: str, weights: dict[str, Array] | None = None) -> Array:
         sums = {name: getattr(of, field).sum() for name, of in demand.kinds.items()}
-        return sum((s * (1.0 if weights is None else weights[n]) for n, s in sums.items()), start=jnp.float32(0))
+        terms = (s * (1.0 if weights is None else weights[n]) for n, s in sums.items())
+        return sum(terms, start=jnp.zeros(()))
 
     operations, exchanged = total("vectors", tiles), total("exchanged_bytes")
     programmed = chips.away * total("analog_used", tiles)

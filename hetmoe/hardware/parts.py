@@ -10,6 +10,7 @@ converters, fewer chips than the weights need) operations share what there is. A
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array
 
 from hetmoe.hardware.demand import Demand, ModelDemand
@@ -68,7 +69,8 @@ PART_NAMES = {
 }
 
 
-class PlacedChips(NamedTuple):
+@struct.dataclass
+class PlacedChips:
     """What the analog weights of a model make of the chips."""
 
     count: Array

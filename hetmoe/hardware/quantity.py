@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import pint
 
@@ -24,8 +25,8 @@ PLAIN = "1"  # the unit of counts and fractions
 
 
 @functools.cache
-def _registry() -> pint.UnitRegistry:
-    registry = pint.UnitRegistry(None)
+def _registry() -> Any:
+    registry = pint.UnitRegistry(None)  # pyright: ignore[reportArgumentType] (without a file of units)
     for name, (factor, symbol) in _PREFIXES.items():
         registry.define(f"{name}- = {factor} = {symbol}-")
     for definition in _UNITS:

@@ -6,6 +6,7 @@ then `sum_e 1 - (1 - f_e)^tokens`, whatever the dependence between the experts o
 copies that any of some experts gets treats their numbers as independent of each other.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -100,8 +101,10 @@ def stack_routings(steps: list[StepRouting]) -> StepRouting:
 
     def filled(step: StepRouting) -> StepRouting:
         more = most - step.weights.shape[0]
-        return step.replace(
-            log_below=jnp.pad(step.log_below, ((0, 0), (0, 0), (0, more))), weights=jnp.pad(step.weights, (0, more))
+        return dataclasses.replace(
+            step,
+            log_below=jnp.pad(step.log_below, ((0, 0), (0, 0), (0, more))),
+            weights=jnp.pad(step.weights, (0, more)),
         )
 
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(filled(step) for step in steps))

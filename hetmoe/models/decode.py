@@ -4,6 +4,7 @@ Layers are unrolled, not scanned: a loop that cuts every layer's weights and cac
 takes longer than a decoding step needs to read them. Experts of all layers stay in one stack and are found by index.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -117,7 +118,10 @@ def extend(
         x = x + project_out(mixed, layer.attention, of_layer, probe)
         first = 0
         if experts is not None and isinstance(layer, Layer):
-            layer, first = layer.replace(moe=layer.moe.replace(experts=experts)), index * config.num_experts
+            layer, first = (
+                dataclasses.replace(layer, moe=dataclasses.replace(layer.moe, experts=experts)),
+                index * config.num_experts,
+            )
         x = behind_attention(x, layer, config, of_layer, probe, implementation, first).x
     last = rms_norm(x[:, -1], params.final_norm, config.rms_norm_eps)
     logits = head_logits(

@@ -147,13 +147,13 @@ def probe_experts(
         variance = jnp.mean(jnp.sum(jnp.atleast_2d(converter_error_variance(bounds, spec.options.adc_bits)), axis=0))
         return read_probes(w, outputs, vectors, variance)
 
-    readings = []
+    readings = list[Readings]()
     for column, name in enumerate(EXPERT_MATRICES):
         w, held = targets[name], programmed.layers[name]
         vectors = probe_vectors(jax.random.fold_in(key, column), probes, w.shape[-2])
 
         def of_layer(item: tuple[Array, Array, Array], vectors: Array = vectors) -> Readings:
-            return jax.lax.map(lambda expert: one(*expert, vectors), item)
+            return jax.lax.map(lambda expert: one(expert[0], expert[1], expert[2], vectors), item)
 
         readings.append(jax.lax.map(of_layer, (w, held.w, held.weight_max)))
-    return Readings(*(jnp.stack(parts, axis=-1) for parts in zip(*readings, strict=True)))
+    return jax.tree.map(lambda *parts: jnp.stack(parts, axis=-1), *readings)

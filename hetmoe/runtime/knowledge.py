@@ -98,7 +98,7 @@ def fresh_noise(params: Params, spec: AnalogSpec) -> FreshNoise:
         return jnp.stack([jnp.sum(part, axis=(-2, -1)) for part in parts])
 
     targets = crossbar_matrices(params.layers, dense=False)
-    size, square, along = sum(np.asarray(sums(targets[name]), np.float64) for name in EXPERT_MATRICES)
+    size, square, along = np.sum([np.asarray(sums(targets[name]), np.float64) for name in EXPERT_MATRICES], axis=0)
     off = along / size
     return FreshNoise(rest=square / size - np.square(off), off=off, size=size)
 
@@ -122,7 +122,9 @@ def noise_growth(
 
     found: list[float] = []
     for age in ages:
-        programmed = deployed_weights(key, params, spec, chips.replace(age=jnp.full_like(chips.age, age))).layers
+        programmed = deployed_weights(
+            key, params, spec, dataclasses.replace(chips, age=jnp.full_like(chips.age, age))
+        ).layers
         found.append(sum(float(rest(targets[name], programmed[name].w)) for name in EXPERT_MATRICES))
     return np.array(found) / float(np.sum(fresh.rest * fresh.size))
 

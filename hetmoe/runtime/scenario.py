@@ -110,7 +110,9 @@ class Simulator:
             chips = self._aged(time, scenario.noise[index])
             held = deployed_weights(key, params, self.spec, chips)
             if compensated:
-                held = deployed_weights(key, params, self.spec, chips.replace(factor=inverse_scales(params, held)))
+                held = deployed_weights(
+                    key, params, self.spec, dataclasses.replace(chips, factor=inverse_scales(params, held))
+                )
             losses = self.losses(held, plans)
             for moments, analog, loss in zip(found, plans, losses, strict=True):
                 moments.append(Moment(loss, self._running(analog), 0.0, int((~analog).sum()), 0, 0, 0))
@@ -127,16 +129,18 @@ class Simulator:
         for index, budget in enumerate(scenario.budget):
             analog = ~np.asarray(best_within(know.noise_loss, extra, jnp.float32(budget) - jnp.sum(know.analog_energy)))
             chips = self._aged(0.0, scenario.noise[index])
-            chips = chips.replace(epoch=chips.epoch + index)
+            chips = dataclasses.replace(chips, epoch=chips.epoch + index)
             held = deployed_weights(key, params, self.spec, chips)
-            held = deployed_weights(key, params, self.spec, chips.replace(factor=inverse_scales(params, held)))
+            held = deployed_weights(
+                key, params, self.spec, dataclasses.replace(chips, factor=inverse_scales(params, held))
+            )
             loss = self.losses(held, [analog])[0]
             found.append(Moment(loss, self._running(analog), 0.0, int((~analog).sum()), 0, 0, 0))
         return found
 
     def _aged(self, age: float, noise: float) -> Chips:
         chips = fresh_chips(*self.knowledge.noise_loss.shape)
-        return chips.replace(age=jnp.full_like(chips.age, age), noise=jnp.float32(noise))
+        return dataclasses.replace(chips, age=jnp.full_like(chips.age, age), noise=jnp.float32(noise))
 
     def _running(self, analog: np.ndarray) -> float:
         know = self.knowledge

@@ -1,5 +1,7 @@
 """A deployment under a policy: chips that age, are probed, and are changed as it decides."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,11 +56,11 @@ class Watch:
         self._state, done = _decide(self._knowledge, self._state, seen)
         again = np.asarray(done.reprogram)
         self._programmed_at = np.where(again, time_s, self._programmed_at)
-        self._chips = self._chips.replace(epoch=self._chips.epoch + again.astype(np.int32))
+        self._chips = dataclasses.replace(self._chips, epoch=self._chips.epoch + again.astype(np.int32))
         self._age(time_s, noise)
         self._seen += 1
         return done
 
     def _age(self, time_s: float, noise: float) -> None:
         age = jnp.asarray(time_s - self._programmed_at, jnp.float32)
-        self._chips = self._chips.replace(age=age, noise=jnp.float32(noise), factor=self._state.factor)
+        self._chips = dataclasses.replace(self._chips, age=age, noise=jnp.float32(noise), factor=self._state.factor)

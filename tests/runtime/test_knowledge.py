@@ -33,15 +33,15 @@ def test_expected_noise_is_that_of_drawn_chips() -> None:
     found = fresh_noise(model().params, SPEC)
     targets = crossbar_matrices(model().params.layers, dense=False)
     chips = 24
-    rest, off = np.zeros((chips, 2, 4)), np.zeros((chips, 2, 4))
+    rest, off, size = (np.zeros((chips, 2, 4)) for _ in range(3))
     drawn = jax.jit(lambda key: program(key, model().params, spec, dense=False).layers)
     for number in range(chips):
         held = drawn(jax.random.key(number))
         each = [parts(np.asarray(targets[name]), np.asarray(held[name].w)) for name in EXPERT_MATRICES]
-        size, along, square = np.sum(each, axis=0)
-        scale = along / size
-        rest[number], off[number] = (square - scale**2 * size) / size, scale - 1
-    np.testing.assert_allclose(found.size, size, rtol=1e-6)
+        size[number], along, square = np.sum(each, axis=0)
+        scale = along / size[number]
+        rest[number], off[number] = square / size[number] - scale**2, scale - 1
+    np.testing.assert_allclose(found.size, size[0], rtol=1e-6)
     for values, wanted in ((rest, found.rest), (off, found.off)):
         error = values.std(axis=0, ddof=1) / np.sqrt(chips)
         assert (np.abs(values.mean(axis=0) - wanted) < 5 * error + 2e-3 * np.abs(wanted)).all()

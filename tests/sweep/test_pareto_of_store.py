@@ -60,7 +60,7 @@ def test_plans_are_those_that_were_measured(store: Path) -> None:
 
 
 @pytest.mark.parametrize("sizes", [FULL])
-def test_configs_survive_the_store(sizes: dict) -> None:
+def test_configs_survive_the_store(sizes: dict[str, int]) -> None:
     config = ModelConfig(**sizes)
     content = json.loads(json.dumps(dataclasses.asdict(config)))
     record = SweepRecord.__new__(SweepRecord)

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +110,7 @@ def test_assignments_are_the_best_of_all() -> None:
         ({"exclude": ("5 bits",)}, "option '5 bits' does not exist: the options are analog, 2 bits"),
     ],
 )
-def test_budgets_that_cannot_be(options: dict, message: str) -> None:
+def test_budgets_that_cannot_be(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         assign(choices(), **options)
 
