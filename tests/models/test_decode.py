@@ -53,25 +53,27 @@ def test_analog_logits_are_those_of_the_whole_text(when: str) -> None:
     key = jax.random.key(1)
     weights = program(key, params, spec, dense=True) if when == "stored" else seeded_weights(key, dense=True, when=when)
     analog = {"plan": all_analog(config), "spec": spec, "programmed": weights}
-    wanted = forward(params, tokens, config, **analog)
+    whole, run = (jax.jit(function, static_argnames="config") for function in (forward, extend))
+    wanted = whole(params, tokens, config, **analog)
     cache = empty_cache(config, 2, 6, jnp.float32)
-    _, cache = extend(params, tokens[:, :4], cache, config, **analog)
+    _, cache = run(params, tokens[:, :4], cache, config, **analog)
     for position in (4, 5):
-        logits, cache = extend(params, tokens[:, position : position + 1], cache, config, **analog)
+        logits, cache = run(params, tokens[:, position : position + 1], cache, config, **analog)
         check(config, logits, wanted[:, position])
-    digital = forward(params, tokens, config)
+    digital = whole(params, tokens, config)
     assert float(jnp.abs(digital - wanted).max()) > 0.1 * float(jnp.abs(wanted).max())  # the noise is there
 
 
 def test_long_prompts_and_narrow_caches() -> None:
     config = tiny_config(max_position_embeddings=700)
     params, tokens = random_params(config, 0), random_tokens(config, 1, (1, 650))  # queries are taken in chunks
+    whole, run = (jax.jit(function, static_argnames="config") for function in (forward, extend))
     cache = empty_cache(config, 1, 700, jnp.float32)
-    _, cache = extend(params, tokens[:, :20], cache, config)
-    logits, _ = extend(params, tokens[:, 20:], cache, config)
-    wanted = forward(params, tokens, config)[:, -1]
+    _, cache = run(params, tokens[:, :20], cache, config)
+    logits, _ = run(params, tokens[:, 20:], cache, config)
+    wanted = whole(params, tokens, config)[:, -1]
     check(config, logits, wanted)
-    rough, _ = extend(params, tokens, empty_cache(config, 1, 700, jnp.bfloat16), config)
+    rough, _ = run(params, tokens, empty_cache(config, 1, 700, jnp.bfloat16), config)
     assert 1e-4 < float(jnp.abs(rough - wanted).max() / jnp.abs(wanted).max()) < 0.1  # keys and values of 8 bits
 
 

@@ -100,6 +100,8 @@ def exact_hessians(model: Model, tokens: np.ndarray, place: int) -> dict[str, tu
     return found
 
 
+# A minute; it last ran, and passed, on 2026-11-28.
+@pytest.mark.slow
 def test_gptq_sees_what_the_quantized_layers_before_let_through(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hessians of layer 2 are those of a model whose layer 0 is quantized and whose layer 2 is not yet."""
     handed: list[dict[str, Hessians]] = []

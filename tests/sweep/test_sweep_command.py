@@ -222,6 +222,8 @@ def test_rules_that_need_hardware_are_scored_for_each_device(
             assert np.array_equal(worker.make_plan(setup, point).experts, expected)
 
 
+# A minute; it last ran, and passed, on 2026-11-28.
+@pytest.mark.slow
 def test_rules_that_need_hardware_in_a_sweep_and_its_report(run: Run, write_config: Write, tmp_path: Path) -> None:
     config = write_config(
         placements="[]", rules='["router_norm", "noise_sensitivity", "measured"]', devices='["pcm", "reram_wan"]',
@@ -255,9 +257,11 @@ def test_interrupted_and_full(run: Run, write_config: Write, tmp_path: Path, mon
         if len(writes) == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a job in the background
     with monkeypatch.context() as patch:
         patch.setattr(Ledger, "write", interrupt)
         code, _, err = run("sweep", config)
+    signal.signal(signal.SIGINT, before)
     assert code == 130
     assert err == f"hetmoe: interrupted; 2 of 5 points are stored in {tmp_path / 's'}; the same command goes on\n"
     code, _, err = run("sweep", config)
