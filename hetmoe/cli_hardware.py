@@ -36,7 +36,7 @@ def add_hardware_commands(app: typer.Typer) -> None:
     )(allocate)
     app.command(epilog="Example: hetmoe pareto reference --noise-scale 5 --batch 1 --batch 32 -o front")(pareto)
     app.command(
-        epilog="Example: hetmoe simulate reference --adaptive --processor jetson-orin-nx --rate 900 --duration 30 "
+        epilog="Example: hetmoe simulate reference --adaptive --processor jetson-orin-nx --rate 1300 --duration 30 "
         "--noise-scale 2.5 --budget 0=0.3 --budget 10=0.05 --budget 20=0.6 -o run"
     )(simulate)
 

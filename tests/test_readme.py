@@ -12,7 +12,7 @@ def test_python_of_the_readme_runs() -> None:
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names: dict[str, object] = {}
     exec("\n".join(blocks), names)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     assert names["per_seed"].shape == (2, 1, 9, 4096) and (names["per_seed"][0] != names["per_seed"][1]).any()
     assert names["logits"].shape == (1, 9, 4096)
 

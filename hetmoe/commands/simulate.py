@@ -134,15 +134,15 @@ def run(request: SimulateRequest) -> None:
 
     controller: Controller
     looks, facts = list[Look](), dict[str, Any]()
-    last = requests[-1].arrival_s
+    length = request.duration if request.trace is None else max(requests[-1].arrival_s, 1e-3)
     if request.adaptive:
         name = "by the runtime policy"
-        controller = _adaptive(request, described, hardware, frequency, requests, costs_of)
+        controller = _adaptive(request, described, hardware, frequency, requests, length, costs_of)
         looks, facts = controller.looks, {"analog": describe(request.spec())}
     else:
         name, plan = plan_of(described, request, uniform=request.how_routed == UNIFORM)
         controller = fixed(costs_of(plan), float(1 - np.mean(np.asarray(plan.experts))))
-    span = request.span or max(last, 1e-3) / SPANS
+    span = request.span or length / SPANS
     console.print(f"[bold]{described.name}[/bold], {name}, {request.schedule}", highlight=False)
     print_descriptions(console, dict(zip(("digital unit", "chips", "link"), hardware, strict=True)))
     print_offered(console, requests)
@@ -160,7 +160,7 @@ def run(request: SimulateRequest) -> None:
 
 def _adaptive(
     request: SimulateRequest, described: DescribedModel, hardware: Sequence[Description], frequency: np.ndarray,
-    requests: Sequence[Request], costs_of: Callable[[Plan], StepCosts],
+    requests: Sequence[Request], length: float, costs_of: Callable[[Plan], StepCosts],
 ) -> Adaptive:  # fmt: skip
     model, spec = described.model, request.spec()
     assert model is not None
@@ -170,8 +170,7 @@ def _adaptive(
         model, choose_text(request.text), tokens=min(KNOWN_TOKENS, request.tokens), seq=request.seq
     )
     key, chip = jax.random.split(jax.random.key(request.seed))
-    last = max(requests[-1].arrival_s, 1e-3)
-    every = request.observe or last / SPANS
+    every = request.observe or length / SPANS
     costs = Costs(
         batch=request.max_batch, weight_bytes=described.weight_bytes, probes=request.probes,
         dwell_s=2 * every if request.dwell is None else request.dwell,
@@ -185,6 +184,6 @@ def _adaptive(
         chip, model.params, spec, knowledge, probes=request.probes, budget=base + budget.at(0.0) * extra
     )  # fmt: skip
     return Adaptive(
-        watch, knowledge, budget, noise, every_s=every, tokens_per_s=total_tokens(requests)[1] / last,
+        watch, knowledge, budget, noise, every_s=every, tokens_per_s=total_tokens(requests)[1] / length,
         costs_of=lambda analog: costs_of(Plan(experts=jnp.asarray(analog))),
     )  # fmt: skip

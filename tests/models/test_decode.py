@@ -47,7 +47,7 @@ def test_logits_are_those_of_the_whole_text(name: str) -> None:
 @pytest.mark.parametrize("when", ["stored", "layer"])
 def test_analog_logits_are_those_of_the_whole_text(when: str) -> None:
     """Ideal converters: with others a rounding may turn a code."""
-    config = full_config()
+    config = full_config() if when == "stored" else tiny_config(num_layers=2)
     params, tokens = random_params(config, 0), random_tokens(config, 1, (2, 6))
     spec = analog_spec("pcm", noise_scale=3.0, dac_bits=None, adc_bits=None)
     key = jax.random.key(1)
