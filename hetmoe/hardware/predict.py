@@ -55,11 +55,11 @@ def predict_decode(
     """
     if schedule not in SCHEDULES:
         raise InputError(f"schedule={schedule!r} must be one of {', '.join(SCHEDULES)}")
-    digital, analog = open_description(processor, "digital"), open_description(chip, "analog")
+    digital, analog = open_description(str(processor), "digital"), open_description(str(chip), "analog")
     chosen = uniform_frequency(config) if frequency is None else frequency
     demand = model_demand(
         config, deployment(plan, config, expert_bytes=expert_bytes), decode_step(config, chosen, batch, context)
     )
-    found = estimate(config, demand, system_of(digital, analog, open_description(link, "link")), schedule)
+    found = estimate(config, demand, system_of(digital, analog, open_description(str(link), "link")), schedule)
     check_fit(config, found, digital, analog)
     return found
