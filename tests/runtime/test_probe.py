@@ -144,3 +144,14 @@ def test_the_error_of_an_adc_is_uniform(bits: int) -> None:
 
 def test_no_converter_has_no_error() -> None:
     assert converter_error_variance(jnp.ones(3), None) == 0.0
+
+
+def test_variances_by_hand() -> None:
+    """Two probes of one weight of 2 read 5 and 3: a scale of 2, with a spread."""
+    w, vectors = jnp.full((1, 1), 2.0), jnp.array([[1.0], [1.0]])
+    found = read_probes(w, jnp.array([[5.0], [3.0]]), vectors)
+    assert float(found.scale) == 2.0
+    # Products 10 and 6 around 2 * 4: squares 4 + 4, times 2 / (2 - 1), over (4 + 4)^2.
+    assert float(found.scale_variance) == 16 / 64
+    # An ADC of 8 bits has 254 steps from -bound to bound.
+    np.testing.assert_allclose(converter_error_variance(jnp.float32(1.0), 8), (2 / 254) ** 2 / 12, rtol=1e-6)

@@ -58,6 +58,8 @@ def test_plans_follow_the_budget(both: tuple[Adaptive, Run]) -> None:
     at = {time: next(look for look in by.looks if look.time_s >= time) for time in (0.0, 1.0, 2.0)}
     assert at[1.0].digital == 0 < at[0.0].digital < at[2.0].digital
     assert at[1.0].moved == at[0.0].digital and at[2.0].moved == at[2.0].digital
+    # The noise doubles at 1.5 s; the plan between 1.25 and 1.75 s is the same.
+    assert by.looks[7].expected_loss > 1.5 * by.looks[5].expected_loss and by.looks[7].digital == by.looks[5].digital
     before = next(look for look in reversed(by.looks) if look.time_s < 2.0)
     assert at[2.0].expected_loss < before.expected_loss and at[0.0].expected_loss < at[1.0].expected_loss
 
