@@ -170,6 +170,19 @@ def test_an_old_noisy_expert_is_programmed_again(age: float, noise: float, progr
     np.testing.assert_allclose(done.energy - 2.0 * 12 - 8.0 * np.asarray(done.to_digital).sum(), 64.0 * programs)
 
 
+@pytest.mark.parametrize(("share", "programs"), [(0.99, True), (1.01, False)])
+def test_programming_must_pay_for_itself(share: float, programs: bool) -> None:
+    know = made_up(6)
+    ages, values = np.zeros(SHAPE), np.full(SHAPE, 1.1)
+    ages[1, 2], values[1, 2] = 1e5, 2.0
+    saved = 10.0 * 1e3 * float(know.noise_loss[1, 2]) * (2.0 - 1.1)  # J per nat, tokens ahead, nats per token
+    know = know.replace(program_energy=jnp.float32(share * saved))
+    _, done = decide(
+        know, initial_state(know, 0.0), seen(know, time=1e5, age=ages, noise=values, budget=1e6, tokens=1e9)
+    )
+    assert bool(done.reprogram[1, 2]) == programs and int(np.sum(done.reprogram)) == programs
+
+
 def test_heat_is_not_mended_by_programming() -> None:
     """All noise doubles at once: chips programmed anew would have it as well."""
     know = made_up(7)
