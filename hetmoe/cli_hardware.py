@@ -121,7 +121,12 @@ def allocate(
     tokens: Annotated[int, typer.Option(help="Tokens of text that losses are estimated on.")] = 4096,
     seq: SEQ = 256,
     seed: SEED = 0,
-    report: Annotated[bool, typer.Option("--report", help="Also one error bound, and the measured error.")] = False,
+    report: Annotated[
+        bool | None,
+        typer.Option(
+            "--report/--no-report", help="One error bound, and the measured error; default: right after programming."
+        ),
+    ] = None,
     report_tokens: Annotated[int, typer.Option(help="Tokens of text for --report.")] = 512,
     report_seeds: Annotated[int, typer.Option(help="Noise seeds for --report.")] = 8,
     dtype: DTYPE = None,

@@ -60,7 +60,7 @@ class AllocateRequest:
     tokens: int
     seq: int
     seed: int
-    report: bool
+    report: bool | None
     report_tokens: int
     report_seeds: int
     dtype: str | None
@@ -139,15 +139,20 @@ def run(request: AllocateRequest) -> None:
         "rule": "expected_loss over both technologies", "analog": describe(spec), "quantizer": recipe.method,
         "budgets": request.budgets(), "expected_increase": found.expected,
     }  # fmt: skip
-    if quantized is not model:
-        save_model(output, quantized, made_by=made_by)
-    save_plan(output / BESIDE_MODEL, plan, quantized, made_by=made_by)
+    # Losses are estimated in float32; what is saved keeps the dtype that the model is stored in.
+    stored = model if request.dtype else load_model(request.model, None)
+    saved, _ = _apply(stored, found, recipe, windows.tokens[:, :-1])
+    if saved is not stored:
+        save_model(output, saved, made_by=made_by)
+    save_plan(output / BESIDE_MODEL, plan, saved, made_by=made_by)
 
     console.print(f"[bold]{model.name}[/bold], {request.device} at c = {request.noise_scale:g}", highlight=False)
     print_layers(console, model, choices, found)
     print_budgets(console, choices, found, request)
     record = _record(request, model, choices, found, [digital, analog])
-    if request.report:
+    if request.report is None and request.time_s is not None:
+        console.print("no error bound: there is one right after programming only, without --time")
+    elif request.report is not False:
         record["errors"] = _errors(request, console, model, quantized, found, spec)
     where = "quantized model and plan" if quantized is not model else "plan (no expert is quantized)"
     console.print(f"{where}: {output} ({time.perf_counter() - started:.0f} s)")

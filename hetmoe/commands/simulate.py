@@ -20,11 +20,15 @@ from hetmoe.commands.simulate_report import print_offered, print_span, print_sum
 from hetmoe.errors import InputError
 from hetmoe.evaluate.prepare import unevaluated_text
 from hetmoe.files import check_new_directory
+from hetmoe.hardware.demand import model_demand, stored_bytes
 from hetmoe.hardware.description import Description, open_description
+from hetmoe.hardware.estimate import Estimate, estimate
+from hetmoe.hardware.fit import check_fit
 from hetmoe.hardware.machine import system_of
 from hetmoe.hardware.parts import SCHEDULES
 from hetmoe.hardware.routing import uniform_frequency
-from hetmoe.placement.plan import Plan
+from hetmoe.hardware.step import decode_step
+from hetmoe.placement.plan import Plan, all_digital, experts_analog
 from hetmoe.quantize.mixed import refuse_quantized
 from hetmoe.runtime.deploy import check_drifting
 from hetmoe.runtime.knowledge import Costs, make_knowledge
@@ -71,9 +75,9 @@ class SimulateRequest(PlacementOptions, RoutingOptions):
         self.check_routing()
         if self.schedule not in SCHEDULES:
             raise InputError(f"--schedule {self.schedule!r} must be one of {', '.join(SCHEDULES)}")
-        for name in ("max_batch", "probes"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+        for name, least in (("max_batch", 1), ("probes", 2)):
+            if getattr(self, name) < least:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least {least}")
         for name in ("span", "observe"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
@@ -88,10 +92,10 @@ class SimulateRequest(PlacementOptions, RoutingOptions):
                 or self.fraction is not None
             ):
                 raise InputError("--adaptive decides on the placement itself: leave out --plan, --placement and --rule")
-            self.spec()
             self.schedules()
         elif self.budget or self.noise or self.observe is not None or self.dwell is not None:
             raise InputError("--budget, --noise, --observe and --dwell are for --adaptive")
+        self.spec()
         if self.output is not None:
             check_new_directory(self.output)
 
@@ -129,18 +133,34 @@ def run(request: SimulateRequest) -> None:
     frequency = uniform_frequency(config) if statistics is None else statistics.frequency
     tables = step_tables(config, frequency, request.max_batch)
 
+    def check(plan: Plan) -> Estimate:
+        """One sequence's first token, on hardware that holds the model: else an error that names the line."""
+        step = decode_step(config, frequency, 1, 1)
+        found = estimate(config, model_demand(config, deployment_of(described, plan), step), system)
+        check_fit(config, found, hardware[0], hardware[1])
+        return found
+
     def costs_of(plan: Plan) -> StepCosts:
-        return StepCosts(config, deployment_of(described, plan), tables, system, request.schedule)  # pyright: ignore[reportArgumentType]
+        where = deployment_of(described, plan)
+        return StepCosts(config, where, tables, system, request.schedule, stored=stored)  # pyright: ignore[reportArgumentType]
+
+    stored: float | None = None
 
     controller: Controller
     looks, facts = list[Look](), dict[str, Any]()
     length = request.duration if request.trace is None else max(requests[-1].arrival_s, 1e-3)
     if request.adaptive:
         name = "by the runtime policy"
+        # Both copies of every expert are resident, whatever the plan.
+        check(all_digital(config))
+        stored = float(stored_bytes(config, deployment_of(described, all_digital(config))))
+        chips = check(experts_analog(config)).chips
+        system = dataclasses.replace(system, analog=dataclasses.replace(system.analog, chips=chips))
         controller = _adaptive(request, described, hardware, frequency, requests, length, costs_of)
         looks, facts = controller.looks, {"analog": describe(request.spec())}
     else:
         name, plan = plan_of(described, request, uniform=request.how_routed == UNIFORM)
+        check(plan)
         controller = fixed(costs_of(plan), float(1 - np.mean(np.asarray(plan.experts))))
     span = request.span or length / SPANS
     console.print(f"[bold]{described.name}[/bold], {name}, {request.schedule}", highlight=False)

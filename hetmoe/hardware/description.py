@@ -169,6 +169,9 @@ def _read(top: TomlTable) -> Description:
         if not about.optional or tables[part].has(key):
             entries[field] = _entry(tables[part], key, about)
     multiplexing = kind == "analog" and _flag(tables["chip"], MULTIPLEXING.partition(".")[2])
+    if kind == "digital" and entries["power.idle"].value > entries["power.busy"].value:
+        stated = {key: entries[f"power.{key}"].stated for key in ("idle", "busy")}
+        raise tables["power"].error("idle", "idle = {idle} exceeds busy = {busy}".format(**stated))
     if kind == "analog":
         _check_analog(tables, entries, multiplexing)
     return Description(kind=kind, name=name, entries=entries, multiplexing=multiplexing, file=top.file)

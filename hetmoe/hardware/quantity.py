@@ -21,6 +21,7 @@ _UNITS = (
     "hour = 60 * minute = h", "day = 24 * hour", "joule = [energy] = J", "watt = joule / second = W",
     "meter = [length] = m", "flop = [operation] = FLOP",
 )  # fmt: skip
+LARGEST = 1e30  # sums and ratios stay within float32
 PLAIN = "1"  # the unit of counts and fractions
 
 
@@ -60,7 +61,7 @@ def convert(value: float, unit: str, wanted: str) -> float:
         raise InputError(f"{value} is not finite")
     if unit.strip() == PLAIN or wanted == PLAIN:
         if unit.strip() == wanted:
-            return value
+            return _within(value, value, unit, wanted)
         raise InputError(f"unit {unit!r} does not fit: use a unit like {wanted!r}")
     registry = _registry()
     try:
@@ -69,9 +70,16 @@ def convert(value: float, unit: str, wanted: str) -> float:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"unit {unit!r} is not understood ({reason}): use a unit like {wanted!r}") from None
     try:
-        return float(registry.Quantity(value, given).to(wanted).magnitude)
+        found = float(registry.Quantity(value, given).to(wanted).magnitude)
     except pint.DimensionalityError:
         raise InputError(f"unit {unit!r} does not fit: use a unit like {wanted!r}") from None
+    return _within(found, value, unit, wanted)
+
+
+def _within(found: float, value: float, unit: str, wanted: str) -> float:
+    if abs(found) > LARGEST or 0 < abs(found) < 1 / LARGEST:
+        raise InputError(f"{value:g} {unit} is beyond what is calculated with, 1e-30 to 1e30 {wanted}")
+    return found
 
 
 def parse_quantity(text: str, wanted: str) -> float:

@@ -65,6 +65,8 @@ class Costs:
         for name in ("batch", "weight_bytes", "probes", "horizon_tokens"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise InputError(f"{name}={getattr(self, name)!r} must be positive and finite")
+        if self.probes < 2:
+            raise InputError(f"probes={self.probes!r} must be at least 2: one has no spread to judge its error by")
         for name in ("margin", "stale", "dwell_s", "action_share"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"{name}={getattr(self, name)!r} must be at least 0 and finite")

@@ -17,7 +17,9 @@ Decisions compare joules: a nat per token is worth `joules_per_nat`, and what an
   the budget leaves room for. Experts that are digital have a lead of `margin`; one that was moved stays for `dwell_s`,
   and moves to digital must pay for themselves. A budget that falls moves experts to analog at once.
 
-The energy budget holds for running and actions together, unless all experts on analog and their probes exceed it.
+The energy budget holds for running and actions together, unless all experts on analog and their probes exceed it. Where
+an interval has too few tokens to pay for probes and moves, the budget holds for running alone: the plan stays, but for
+experts that a lower budget sends to analog.
 Both copies of every expert are resident, so that a move changes one boolean of a plan, and nothing is compiled again.
 """
 
@@ -160,6 +162,7 @@ def step(knowledge: Knowledge, state: State, seen: Observation) -> tuple[State, 
     # All probes, and a move of every expert, whether or not any moves: the budget then holds whatever is decided.
     reserved = (know.probe_energy + know.move_energy) * found.noise.size
     free = (seen.budget - jnp.sum(know.analog_energy)) * seen.tokens - reserved
+    pays = free >= 0  # the interval, for probes and for any moves
     allowed = jnp.floor(jnp.minimum(know.action_share * seen.budget * seen.tokens, free) / know.program_energy)
     old = (found.noise > (1 + know.stale) * anew) & (seen.age_s >= know.dwell_s)
     useful = jnp.where(state.analog & old & (saved > know.program_energy), saved, -jnp.inf)
@@ -171,8 +174,8 @@ def step(knowledge: Knowledge, state: State, seen: Observation) -> tuple[State, 
 
     programming = know.program_energy * jnp.sum(reprogram, dtype=jnp.float32)
     loss = know.noise_loss * noise + know.scale_loss * scale_error
-    room = (free - programming) / seen.tokens
-    to_digital, to_analog = _moves(know, state, seen, loss, room, worth)
+    room = jnp.where(pays, (free - programming) / seen.tokens, seen.budget - jnp.sum(know.analog_energy))
+    to_digital, to_analog = _moves(know, state, seen, jnp.where(pays | ~state.analog, loss, 0.0), room, worth)
     analog = (state.analog & ~to_digital) | to_analog
     moved = to_digital | to_analog
     new = State(

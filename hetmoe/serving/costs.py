@@ -45,7 +45,9 @@ def step_tables(config: ModelConfig, frequency: np.ndarray, max_batch: int) -> S
         raise InputError(f"max_batch={max_batch!r} must be at least 1")
     larger = np.geomspace(EVERY_BATCH, max(max_batch, EVERY_BATCH), 13).round().astype(int)
     batches = sorted({*range(1, min(max_batch, EVERY_BATCH) + 1), *(b for b in larger.tolist() if b <= max_batch)})
-    contexts = sorted(set(np.geomspace(1, config.max_position_embeddings, POINTS).round().astype(int).tolist()))
+    lengths = np.geomspace(1, config.max_position_embeddings, POINTS).round().astype(int).tolist()
+    window = min(config.sliding_window or 1, config.max_position_embeddings)  # costs have a kink there
+    contexts = sorted({*lengths, window})
     return StepTables(
         batches=tuple(batches), contexts=tuple(contexts), decode=decode_steps(config, frequency, batches, contexts),
         prefill=stack_steps([prefill_step(config, frequency, 1, prompt) for prompt in contexts]),
@@ -65,8 +67,10 @@ class StepCosts:
     """
 
     def __init__(
-        self, config: ModelConfig, where: Deployment, tables: StepTables, system: System, schedule: Schedule
-    ) -> None:
+        self, config: ModelConfig, where: Deployment, tables: StepTables, system: System, schedule: Schedule,
+        *, stored: float | None = None,
+    ) -> None:  # fmt: skip
+        """`stored` is how many bytes of digital weights are resident; None = those of the plan."""
         of, on = stack_deployments([where]), stack_systems([system])
         decode = estimate_grid(config, of, tables.decode, on, schedule)
         prefill = estimate_grid(config, of, tables.prefill, on, schedule)
@@ -76,7 +80,7 @@ class StepCosts:
         self._decode = [self._by_batch(tables, decode, name) for name in ("step_time", "step_energy")]
         self._prefill = [_values(prefill, name).tolist() for name in ("step_time", "step_energy")]
         self.position_bytes = float(position_bytes(config, where))
-        self.room = float(system.digital.capacity - stored_bytes(config, where))
+        self.room = float(system.digital.capacity) - (float(stored_bytes(config, where)) if stored is None else stored)
         self.idle_power = float(system.digital.idle_power) + float(decode.chips.max() * system.analog.static_power)
 
     def decode(self, batch: int, context: float) -> tuple[float, float]:

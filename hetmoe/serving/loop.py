@@ -88,7 +88,7 @@ class _Server:
         self.timeline, self.now, self.arrived = timeline, 0.0, 0
         self.waiting: deque[int] = deque()
         self.running: list[tuple[int, int]] = []  # (number of the step that finishes it, request)
-        self.steps, self.positions, self.held, self.tokens = 0, 0, 0, 0
+        self.steps, self.held, self.tokens = 0, 0, 0
         self.started, self.first = {}, {}
         self.served: list[Served] = []
         self.plan, self.next_look = self._look()
@@ -117,8 +117,11 @@ class _Server:
 
     def _length(self, number: int) -> int:
         """Positions of the cache that a request needs in the end."""
-        request = self.requests[number]
-        return min(request.prompt + request.output, self.window)
+        return min(self._total(number), self.window)
+
+    def _total(self, number: int) -> int:
+        """Positions of a request in the end."""
+        return self.requests[number].prompt + self.requests[number].output
 
     def _fits(self, number: int) -> bool:
         costs = self.plan.costs
@@ -153,19 +156,17 @@ class _Server:
             self._finish(number)
             return
         heapq.heappush(self.running, (self.steps + request.output - 1, number))
-        self.positions += request.prompt + 1
         self.held += self._length(number)
 
     def _decode(self) -> None:
         batch = len(self.running)
-        seconds, energy = self.plan.costs.decode(batch, self.positions / batch)
+        # A request that finishes at a step has as many positions less as it is steps from there.
+        seen = sum(min(self._total(n) - (end - self.steps), self.window) for end, n in self.running)
+        seconds, energy = self.plan.costs.decode(batch, seen / batch)
         self._spend(seconds, energy, busy=True, running=batch, tokens=batch)
         self.steps += 1
-        self.positions += batch
         while self.running and self.running[0][0] == self.steps:
             number = heapq.heappop(self.running)[1]
-            request = self.requests[number]
-            self.positions -= request.prompt + request.output
             self.held -= self._length(number)
             self._finish(number)
 

@@ -11,6 +11,7 @@ import numpy as np
 from hetmoe.errors import InputError
 from hetmoe.evaluate.text import read_text
 
+MOST_REQUESTS = 5_000_000  # some 3 GB, and minutes of simulation
 COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens")
 
 
@@ -47,6 +48,11 @@ def poisson_requests(
             raise InputError(f"{name}={value!r} must be finite and {'above 0' if least == 0 else 'at least 1'}")
     if context < 2:
         raise InputError(f"a context of {context} leaves no room for a prompt and a token")
+    if rate * duration_s > MOST_REQUESTS:
+        raise InputError(
+            f"rate={rate:g} for duration={duration_s:g} s are {rate * duration_s:.3g} requests, more than "
+            f"{MOST_REQUESTS:,}: lower one of them"
+        )
     draws = np.random.default_rng(seed)
     count = int(draws.poisson(rate * duration_s))
     if count == 0:
@@ -64,10 +70,12 @@ def read_trace(path: Path, *, context: int) -> list[Request]:
         InputError: naming the line, for missing columns, values that are no numbers in range, arrivals that go back in
             time, requests longer than the model's context, or a trace without requests.
     """
-    rows = csv.reader(read_text(path).splitlines())
+    rows = csv.reader(read_text(path).removeprefix("\ufeff").splitlines())  # as spreadsheets write it
     heading = next(rows, [])
     if missing := [name for name in COLUMNS if name not in heading]:
-        raise InputError(f"{path}:1: the first line must name the columns {', '.join(COLUMNS)}; it lacks {missing[0]}")
+        raise InputError(
+            f"{path}:1: the first line must name the columns {', '.join(COLUMNS)}, with commas; it lacks {missing[0]}"
+        )
     found: list[Request] = []
     for row in rows:
         if row:

@@ -215,6 +215,25 @@ def test_programming_takes_at_most_its_share_and_the_most_useful_first() -> None
     np.testing.assert_array_equal(done.reprogram, wanted)
 
 
+def test_an_interval_without_traffic_changes_nothing_but_what_the_budget_forces() -> None:
+    """One token cannot pay for the probes; the plan stays within a budget per token that has not changed."""
+    know = made_up(9)
+    base, full = ends(know)
+    half = base + 0.5 * (full - base)
+    state = initial_state(know, half)
+    ages = {"age": 1e5, "noise": 2.0}
+    for tokens in (1.0, 1e-3):
+        quiet, done = decide(know, state, seen(know, time=1e5, budget=half, tokens=tokens, **ages))
+        np.testing.assert_array_equal(quiet.analog, state.analog)
+        assert not np.asarray(done.to_digital | done.to_analog | done.reprogram).any() and float(done.energy) == 24.0
+        more, _ = decide(know, state, seen(know, time=1e5, budget=2 * full, tokens=tokens, **ages))
+        np.testing.assert_array_equal(more.analog, state.analog)
+        less = base + 0.2 * (full - base)
+        lower, done = decide(know, state, seen(know, time=1e5, budget=less, tokens=tokens, **ages))
+        assert float(done.running) <= less and not np.asarray(done.to_digital).any()
+        assert 0 < int(np.sum(~np.asarray(lower.analog))) < int(np.sum(~np.asarray(state.analog)))
+
+
 @given(seed=st.integers(0, 10_000), data=st.data())
 def test_whatever_is_seen(seed: int, data: st.DataObject) -> None:
     """The budget holds, analog experts alone are programmed, moves are consistent, and chance plays no part."""
@@ -245,8 +264,11 @@ def test_whatever_is_seen(seed: int, data: st.DataObject) -> None:
         np.testing.assert_allclose(done.running, energy)
         actions = 2.0 * 12 + 64.0 * np.asarray(done.reprogram).sum() + 8.0 * (to_digital | to_analog).sum()
         np.testing.assert_allclose(done.energy, actions)
-        # All analog with probes is the least that can be.
-        assert energy * tokens + actions <= max(budget * tokens, base * tokens + 24 + 8 * 12) * (1 + 1e-5)
+        assert energy <= max(budget, base) * (1 + 1e-5)
+        if (budget - base) * tokens >= 24 + 8 * 12:  # probes and moves of all experts can be paid
+            assert energy * tokens + actions <= budget * tokens * (1 + 1e-5)
+        else:
+            assert not to_digital.any() and not np.asarray(done.reprogram).any()
         state = again
 
 

@@ -2,9 +2,12 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
+
+from hetmoe.hardware.description import shipped_descriptions
 
 FAST = ("--routing", "uniform", "--seed", 5)
 
@@ -51,7 +54,8 @@ def test_the_policy_decides(run, tmp_path: Path) -> None:
 
 BAD = [
     (("--max-batch", 0), "--max-batch 0 must be at least 1"),
-    (("--probes", 0), "--probes 0 must be at least 1"),
+    (("--probes", 1), "--probes 1 must be at least 2"),
+    (("--device", "pmc"), "pmc"),
     (("--span", 0), "--span 0 must be a positive number of seconds"),
     (("--adaptive", "--observe", -1), "--observe -1 must be a positive number"),
     (("--adaptive", "--dwell", -1), "--dwell -1 must be a number of seconds of at least 0"),
@@ -82,3 +86,29 @@ def test_an_output_that_exists_is_left_alone(run, tmp_path: Path) -> None:
     (tmp_path / "here" / "mine").touch()
     code, _, err = run("simulate", *FAST, "-o", tmp_path / "here")
     assert code == 2 and "here" in err
+
+
+@pytest.mark.parametrize(
+    ("adaptive", "size", "part", "message"),
+    [
+        # All experts take 12.6 MB, the rest 2.7 MB: one copy of some experts would fit 10 MB.
+        (True, 10, "processor", ":6: .* capacity = 10 MB does not hold the 0.02 GB"),
+        (False, 1, "processor", ":6: .* capacity = 1 MB does not hold"),
+        (True, None, "chip", r": \[chip\] chips = 1 of 64 tiles are too few: the weights on chips need 384 tiles"),
+    ],
+)
+def test_what_does_not_hold_the_model_is_named_with_its_line(
+    run, tmp_path: Path, adaptive, size, part, message
+) -> None:
+    """With --adaptive both copies of every expert are resident."""
+    path = tmp_path / "small.toml"
+    if part == "processor":
+        text = shipped_descriptions()["a100-80gb"].read_text()
+        path.write_text(
+            text.replace('capacity = { value = 80, unit = "GB"', f'capacity = {{ value = {size}, unit = "MB"')
+        )
+    else:
+        text = shipped_descriptions()["ibm-3d-cim"].read_text()
+        path.write_text(text.replace("[chip]\n", '[chip]\nchips = { value = 1, unit = "1", source = "mine" }\n'))
+    code, _, err = run("simulate", *FAST, f"--{part}", path, *(("--adaptive",) if adaptive else ()))
+    assert code == 2 and re.search(message, err), err

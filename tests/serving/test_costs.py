@@ -96,6 +96,16 @@ def test_room_for_the_cache_is_what_the_weights_leave() -> None:
     assert found.idle_power - digital.idle_power == 0.25  # one chip holds the tiny model
 
 
+def test_other_copies_may_be_resident() -> None:
+    where_all, tables = where(), step_tables(CONFIG, FREQUENCY, 1)
+    found = StepCosts(CONFIG, where_all, tables, SYSTEM, "serial", stored=1e9)
+    assert found.room == float(SYSTEM.digital.capacity) - 1e9
+
+
+def test_the_kink_at_a_window_is_estimated() -> None:
+    assert 100 in step_tables(dataclasses.replace(CONFIG, sliding_window=100), FREQUENCY, 1).contexts
+
+
 def test_what_does_not_fit_is_an_error() -> None:
     small = SYSTEM.replace(
         analog=SYSTEM.analog.replace(chips=SYSTEM.analog.chips * 0 + 1, tiles=SYSTEM.analog.tiles * 0 + 2)

@@ -47,6 +47,13 @@ def test_a_sliding_window_bounds_what_the_cache_holds() -> None:
     assert run([A, B, C], ConstantCosts(room=9.0), window=6).served != whole
 
 
+def test_positions_beyond_a_window_are_not_read() -> None:
+    """Of A's 5, then 6 positions and B's 3 the window has 4 and 3; without the window see the first test."""
+    costs = ConstantCosts()
+    run([A, B, C], costs, window=4)
+    assert costs.asked == [(2, (4 + 3) / 2), (1, 4)]
+
+
 def test_a_request_that_never_fits_is_an_error() -> None:
     with pytest.raises(InputError, match=r"a request of 4 \+ 3 tokens needs 7e-09 GB .* leave 6e-09 GB"):
         run([A], ConstantCosts(room=6.0))

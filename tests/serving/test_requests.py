@@ -60,6 +60,7 @@ def test_the_same_seed_draws_the_same() -> None:
         ({"prompt": 0.5}, "prompt=0.5 must be finite and at least 1"),
         ({"output": 0.0}, "output=0.0"),
         ({"rate": 1e-9}, "no request arrives in 200 s at 1e-09 per second"),
+        ({"rate": 1e9}, "are 2e.11 requests, more than 5,000,000: lower one of them"),
         ({"context": 1}, "a context of 1 leaves no room"),
     ],
 )
@@ -73,7 +74,7 @@ HEADING = "arrival_s,prompt_tokens,output_tokens\n"
 
 def test_a_trace_is_read_by_its_headings(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
-    path.write_text("user,output_tokens,arrival_s,prompt_tokens\nann,3,0.5,4\n\nbob,1,0.5,7\n")
+    path.write_text("\ufeffuser,output_tokens,arrival_s,prompt_tokens\nann,3,0.5,4\n\nbob,1,0.5,7\n")
     assert read_trace(path, context=8) == [Request(0.5, 4, 3), Request(0.5, 7, 1)]
 
 
