@@ -141,6 +141,35 @@ def test_small_noise_of_gate_is_bounded_by_the_steepest_slope_only() -> None:
     assert (ratio > 0.15).all() and (ratio <= 1).all()
 
 
+def test_every_term_is_needed() -> None:
+    """Cases in which one term of the bounds is all that there is, or without which they would be violated."""
+    case = made(5, 6, 5, 1.0, 0.6, 0.0, 1.0)
+    gate, up, down = case.expert.matrices
+    # Down is noise alone: what moves are h + dh.
+    noise_alone = dataclasses.replace(case, expert=Expert(gate * 0.05, up * 0.05, 0 * down))
+    _, square, error = noise_alone.measured(np.random.default_rng(0), 20_000)
+    assert (square + 5 * error <= np.square(noise_alone.bounds().rms)).all()
+    quiet = activations(noise_alone.x, noise_alone.expert).hidden
+    assert (square - 5 * error > np.square(quiet) @ case.noise.down.variance.sum(axis=1)).all()
+    # Noise of gate without mean: SiLU's curvature moves the output on average.
+    curved = only(made(6, 6, 5, 1.0, 2.0, 0.0, 2.0), "gate")
+    mean, square, _ = curved.measured(np.random.default_rng(0), 100_000)
+    assert (mean <= curved.bounds().mean).all() and (mean > 10 * np.sqrt(square / 100_000)).any()
+    # Down is moved by a mean alone: |B^T h|, exactly.
+    zero = Moments(0 * gate, 0 * gate)
+    moved = dataclasses.replace(case, noise=ExpertNoise(zero, zero, Moments(0.3 * down, 0 * down)))
+    wanted = np.linalg.norm(activations(case.x, case.expert).hidden @ (0.3 * down), axis=1)
+    for found in dataclasses.astuple(moved.bounds()):
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    # Gate and up are noise alone: only the product of both deviations is left.
+    both = dataclasses.replace(
+        case, expert=Expert(0 * gate, 0 * up, down),
+        noise=ExpertNoise(case.noise.gate, case.noise.up, Moments(0 * down, 0 * down)),
+    )  # fmt: skip
+    _, square, error = both.measured(np.random.default_rng(0), 20_000)
+    assert (square > 5 * error).all() and (square <= np.square(both.bounds().rms)).all()
+
+
 def test_sums_of_experts() -> None:
     rng = np.random.default_rng(5)
     cases = [made(s, 5, 6, 1.0, 0.2, 0.1, 1.0) for s in (1, 2, 3)]

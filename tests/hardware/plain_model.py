@@ -113,6 +113,7 @@ class PlainModel:
         return {
             "step_time": time, "tokens_per_s": load["tokens"] / time, "joules_per_token": energy / load["tokens"],
             "memory_traffic": sums["traffic"], "operations": sums["operations"], "tiles": planes, "chips": chips,
+            "area": chips * hw["tiles"] * hw["area"],
             "memory_used": self.memory(where, sizes, load), **{f"part_{n}": v for n, v in total.items()},
         }  # fmt: skip
 

@@ -28,7 +28,7 @@ PLAIN = {
     "capacity": 1e9, "bandwidth": 2e12, "rate": 3e14, "busy": 400.0, "idle": 60.0, "rows": 8.0, "columns": 16.0,
     "operation_time": 1e-7, "operation_energy": 1e-8, "planes": 1.0, "tiles": 64.0, "chips": 0.0, "static": 0.1,
     "programming_time": math.inf, "programming_energy": 0.0, "link_bandwidth": 3e10, "link_latency": 1e-6,
-    "link_energy": 5e-11,
+    "link_energy": 5e-11, "area": 1e-6,
 }  # fmt: skip
 # float32 sums of up to a few hundred terms, none of them cancelling: some 100 roundings of 6e-8.
 RTOL = 2e-5
@@ -44,7 +44,7 @@ def system(hw: dict[str, float]) -> System:
         analog=AnalogChips(
             rows=n["rows"], columns=n["columns"], operation_time=n["operation_time"],
             operation_energy=n["operation_energy"], planes=n["planes"], tiles=n["tiles"], chips=n["chips"],
-            static_power=n["static"], tile_area=jnp.float32(1e-6), programming_time=n["programming_time"],
+            static_power=n["static"], tile_area=n["area"], programming_time=n["programming_time"],
             programming_energy=n["programming_energy"],
         ),
         link=Link(bandwidth=n["link_bandwidth"], latency=n["link_latency"], energy=n["link_energy"]),
