@@ -12,14 +12,14 @@ from hetmoe.serving.loop import Run
 
 
 def draw_run(title: str, run: Run, looks: Sequence[Look]) -> Any:
-    """Three panels over one time axis, and two more for the `looks` of a policy, if one decided."""
+    """Three panels over one time axis, and three more for the `looks` of a policy, if one decided."""
     rows = [span.record() for span in run.spans]
     edges = np.array([rows[0]["start_s"], *(row["end_s"] for row in rows)])
 
     def values(name: str) -> np.ndarray:
         return np.array([np.nan if row[name] is None else row[name] for row in rows])
 
-    panels = 5 if looks else 3
+    panels = 6 if looks else 3
     figure = matplotlib.figure.Figure(figsize=(10, 2.3 * panels + 0.6), layout="constrained")
     axes = figure.subplots(panels, 1, sharex=True)
     drawn = (
@@ -36,7 +36,7 @@ def draw_run(title: str, run: Run, looks: Sequence[Look]) -> Any:
         axes[3].stairs(values("expected_loss"), edges, baseline=None, color=COLOURS[0], lw=1.6)
         axes[3].set_ylabel("expected loss\n(nats per token)")
         axes[3].set_ylim(bottom=0)
-        _draw_looks(axes[4], run, looks)
+        _draw_looks(axes[4], axes[5], run, looks)
     for panel in axes:
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
@@ -47,26 +47,22 @@ def draw_run(title: str, run: Run, looks: Sequence[Look]) -> Any:
     return figure
 
 
-def _draw_looks(panel: Any, run: Run, looks: Sequence[Look]) -> None:
+def _draw_looks(energies: Any, experts: Any, run: Run, looks: Sequence[Look]) -> None:
     times = [look.time_s for look in looks]
     until = [*times, run.end_s]
-    panel.stairs([look.digital for look in looks], until, baseline=None, color=COLOURS[0], lw=1.6, label="digital")
+    for name, style, said in (("running", "-", "of the plan"), ("budget", ":", "budget, actions included")):
+        values = [getattr(look, name) * 1e6 for look in looks]
+        colour = COLOURS[0] if name == "running" else "black"
+        energies.stairs(values, until, baseline=None, color=colour, ls=style, lw=1.6, label=said)
+    energies.set_ylabel("experts' energy\n(µJ per token)")
+    experts.stairs([look.digital for look in looks], until, baseline=None, color=COLOURS[0], lw=1.6, label="digital")
     for number, (name, said) in enumerate((("moved", "moved"), ("reprogrammed", "programmed again"))):
-        counts = [getattr(look, name) for look in looks]
-        panel.plot(times, counts, ls="", marker="ov"[number], ms=4, color=COLOURS[number + 1], label=said)
-    panel.set_ylabel("experts")
-    other = panel.twinx()
-    other.stairs(
-        [look.budget * 1e6 for look in looks],
-        until,
-        baseline=None,
-        color="black",
-        ls=":",
-        lw=1.2,
-        label="energy budget",
-    )
-    other.set_ylabel("µJ per token")
-    other.set_ylim(bottom=0)
-    other.spines["top"].set_visible(False)
-    handles, labels = (a + b for a, b in zip(*(p.get_legend_handles_labels() for p in (panel, other)), strict=True))
-    panel.legend(handles, labels, frameon=False, fontsize=8.5, ncols=4)
+        some = [(look.time_s, getattr(look, name)) for look in looks if getattr(look, name)]
+        experts.plot(
+            [time for time, _ in some], [count for _, count in some], ls="", marker="ov"[number], ms=4,
+            color=COLOURS[number + 1], label=said,
+        )  # fmt: skip
+    experts.set_ylabel("experts")
+    for panel in (energies, experts):
+        panel.set_ylim(bottom=0)
+        panel.legend(frameon=False, fontsize=8.5, ncols=3)

@@ -87,9 +87,9 @@ def test_it_is_repeated_exactly_and_compiles_nothing_more(both: tuple[Adaptive, 
 def test_a_run_is_drawn_with_and_without_looks(both: tuple[Adaptive, Run]) -> None:
     by, run = both
     figure = draw_run("tiny", run, by.looks)
-    assert len(figure.axes) == 6  # five panels, one of them with two scales
+    assert len(figure.axes) == 6
     labels = [axis.get_ylabel() for axis in figure.axes]
-    assert labels[:3] == ["tokens per second", "requests", "power (W)"] and labels[-1] == "µJ per token"
+    assert labels[:3] == ["tokens per second", "requests", "power (W)"] and labels[-1] == "experts"
     drawn = figure.axes[0].patches[0].get_data()
     np.testing.assert_allclose(drawn.values, [s.tokens / s.seconds for s in run.spans])
     assert len(draw_run("tiny", run, []).axes) == 3
