@@ -45,7 +45,11 @@ def hardware(
     model: MODEL = "reference",
     plan: Annotated[Path | None, typer.Option(help="Place by a saved plan.")] = None,
     placement: Annotated[
-        str | None, typer.Option(help="all_digital, experts_analog or all_analog; default experts_analog.")
+        str | None,
+        typer.Option(
+            help="all_digital, experts_analog or all_analog; default: the plan beside the model (plan.json), else "
+            "experts_analog, with quantized experts all_digital."
+        ),
     ] = None,
     rule: Annotated[
         str | None, typer.Option(help="Place by this rule: max_neuron_norm (default with --digital) or router_norm.")
@@ -104,7 +108,9 @@ def allocate(
         Path | None, typer.Option("--output", "-o", help="Directory for plan and model; must be new.")
     ] = None,
     levels: Annotated[str, typer.Option(help="Bits that a digital expert may have.")] = "2,3,4,8",
-    max_bytes: Annotated[int | None, typer.Option(help="Of all digital experts' weights.")] = None,
+    max_bytes: Annotated[
+        str | None, typer.Option(help="Of all digital experts' weights: a number, or such as '1.5 MB'.")
+    ] = None,
     max_energy: Annotated[str | None, typer.Option(help="Per token, of all experts' matmuls, such as '20 uJ'.")] = None,
     max_tiles: Annotated[int | None, typer.Option(help="Of crossbars, for analog experts.")] = None,
     no_plain: Annotated[bool, typer.Option("--no-plain", help="Digital experts must be quantized.")] = False,
@@ -213,14 +219,20 @@ def simulate(
     trace: Annotated[
         Path | None, typer.Option(help="CSV of requests: arrival_s, prompt_tokens, output_tokens; default: drawn ones.")
     ] = None,
-    rate: Annotated[float, typer.Option(help="Drawn requests per second, as a Poisson process.")] = 4.0,
-    duration: Annotated[float, typer.Option(help="Seconds in which drawn requests arrive.")] = 60.0,
-    prompt: Annotated[float, typer.Option(help="Mean tokens of drawn prompts (geometric).")] = 256.0,
-    generate: Annotated[float, typer.Option(help="Mean tokens to generate (geometric).")] = 128.0,
+    rate: Annotated[
+        float | None, typer.Option(help="Drawn requests per second, as a Poisson process; default 4.")
+    ] = None,
+    duration: Annotated[float | None, typer.Option(help="Seconds in which drawn requests arrive; default 60.")] = None,
+    prompt: Annotated[float | None, typer.Option(help="Mean tokens of drawn prompts (geometric); default 256.")] = None,
+    generate: Annotated[float | None, typer.Option(help="Mean tokens to generate (geometric); default 128.")] = None,
     max_batch: Annotated[int, typer.Option(help="Most requests that run at once.")] = 32,
     plan: Annotated[Path | None, typer.Option(help="Place by a saved plan.")] = None,
     placement: Annotated[
-        str | None, typer.Option(help="all_digital, experts_analog or all_analog; default experts_analog.")
+        str | None,
+        typer.Option(
+            help="all_digital, experts_analog or all_analog; default: the plan beside the model (plan.json), else "
+            "experts_analog, with quantized experts all_digital."
+        ),
     ] = None,
     rule: Annotated[
         str | None, typer.Option(help="Place by this rule: max_neuron_norm (default with --digital) or router_norm.")
@@ -247,9 +259,9 @@ def simulate(
     dwell: Annotated[
         float | None, typer.Option(help="Seconds that an expert stays where it was moved to; default: two looks.")
     ] = None,
-    device: DEVICE = "pcm",
-    noise_scale: ONE_NOISE_SCALE = 1.0,
-    probes: Annotated[int, typer.Option(help="Vectors that probe every expert at each look.")] = 8,
+    device: Annotated[str | None, typer.Option(help="That drifts, of the policy's chips; default pcm.")] = None,
+    noise_scale: Annotated[float | None, typer.Option(help="Scale c of programming noise; default 1.")] = None,
+    probes: Annotated[int | None, typer.Option(help="Vectors that probe every expert at each look; default 8.")] = None,
     processor: PROCESSOR = "a100-80gb",
     chip: CHIP = "ibm-3d-cim",
     link: LINK = "pcie4-x16",

@@ -43,7 +43,7 @@ class AllocateRequest:
     model: str
     output: Path | None
     levels: str
-    max_bytes: int | None
+    max_bytes: str | None
     max_energy: str | None
     max_tiles: int | None
     no_plain: bool
@@ -76,9 +76,13 @@ class AllocateRequest:
             raise InputError(f"--levels {self.levels!r} must be whole numbers with commas, such as 2,3,4") from None
 
     def budgets(self) -> dict[str, float | None]:
-        """As `assign` takes them. Raises InputError for none at all, or what is no energy."""
-        energy = None if self.max_energy is None else parse_quantity(self.max_energy, "J")
-        found = {"max_bytes": self.max_bytes, "max_energy": energy, "max_tiles": self.max_tiles}
+        """As `assign` takes them. Raises InputError for none at all, or what is no energy or size of at least 0."""
+        found = {
+            "max_bytes": _quantity("--max-bytes", self.max_bytes, "B", plain=True),
+            "max_energy": _quantity("--max-energy", self.max_energy, "J"), "max_tiles": self.max_tiles,
+        }  # fmt: skip
+        if self.max_tiles is not None and self.max_tiles < 0:
+            raise InputError(f"--max-tiles {self.max_tiles} must be at least 0")
         if all(value is None for value in found.values()):
             raise InputError(
                 "without a budget no expert would be analog or quantized: give --max-bytes, --max-energy or --max-tiles"
@@ -202,6 +206,19 @@ def print_budgets(console: Console, choices: Choices, found: Assignment, request
     if found.gap > 0:
         proven = f"the least possible is at most {found.gap:.3g} nats lower"
     console.print(f"{proven}; increases of single experts are added up, and converters are left out")
+
+
+def _quantity(option: str, said: str | None, unit: str, *, plain: bool = False) -> float | None:
+    """What an option says, in `unit`; a number without a unit is one if `plain`."""
+    if said is None:
+        return None
+    try:
+        value = parse_quantity(f"{said} {unit}" if plain and " " not in said.strip() else said, unit)
+    except InputError as error:
+        raise InputError(f"{option} {error}") from None
+    if value < 0:
+        raise InputError(f"{option} {said!r} must be at least 0")
+    return value
 
 
 def _limit(budget: float | None, unit: str) -> str:

@@ -15,7 +15,7 @@ from hetmoe.hardware.deployment import Deployment, bytes_of_layout, deployment
 from hetmoe.models.config import ModelConfig
 from hetmoe.models.model import Model, model_fingerprint
 from hetmoe.placement.plan import PLACEMENTS, Plan, place, plan_shapes
-from hetmoe.placement.plan_file import read_plan
+from hetmoe.placement.plan_file import BESIDE_MODEL, read_plan
 from hetmoe.placement.scores import RANDOM, check_down_axis
 from hetmoe.placement.streaming import STREAMED, stored_identity, stream_scores
 from hetmoe.quantize.layout import QuantizedLayout, layout_of
@@ -96,17 +96,23 @@ def _size(dtype: Any) -> float:
 
 
 def plan_of(described: DescribedModel, chosen: PlacementOptions, *, uniform: bool) -> tuple[str, Plan]:
-    """(name, plan) by a file, a name, or a rule that needs no text; all experts analog where nothing is chosen.
+    """(name, plan) by a file, a name, or a rule that needs no text.
+
+    Where nothing is chosen it is the plan beside the model, if there is one; else all experts are analog, or none if
+    some are quantized.
 
     Where all experts are chosen equally often (`uniform`), a fraction without a rule needs no weights: any experts do.
 
     Raises:
         InputError: for a plan of another model, a rule that needs text, or quantized experts on crossbars.
     """
-    config, layout = described.config, described.layout
-    if chosen.plan is not None:
-        plan = read_plan(chosen.plan, config, name=described.name, identity=described.identity, layout=layout)
-        name = f"plan {chosen.plan.stem}"
+    config, layout, path = described.config, described.layout, chosen.plan
+    beside = Path(described.source) / BESIDE_MODEL
+    if (chosen.rule, chosen.fraction, chosen.placement, path) == (None,) * 4 and beside.is_file():
+        path = beside
+    if path is not None:
+        plan = read_plan(path, config, name=described.name, identity=described.identity, layout=layout)
+        name = "the plan beside the model" if path is beside else f"plan {path.stem}"
     elif chosen.rule is None and chosen.fraction is not None and uniform and described.identity is None:
         plan = place(np.zeros(plan_shapes(config)["experts"]), chosen.fraction)
         name = f"{chosen.fraction:.1%} of experts digital, whichever they are"

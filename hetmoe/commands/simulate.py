@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ from hetmoe.serving.requests import Request, poisson_requests, read_trace, total
 from hetmoe.serving.summary import summarise
 
 SPANS = 30  # of the timeline, where no width is given
+DRAWN = {"rate": 4.0, "duration": 60.0, "prompt": 256.0, "generate": 128.0}  # options without --trace: defaults
+ADAPTIVE = dict.fromkeys(("budget", "noise", "observe", "dwell")) | {"device": "pcm", "noise_scale": 1.0, "probes": 8}
 KNOWN_TOKENS = 4096  # of text that the policy's losses are estimated on, at most
 
 
@@ -52,10 +54,10 @@ class SimulateRequest(PlacementOptions, RoutingOptions):
     link: str
     schedule: str
     trace: Path | None
-    rate: float
-    duration: float
-    prompt: float
-    generate: float
+    rate: float | None
+    duration: float | None
+    prompt: float | None
+    generate: float | None
     max_batch: int
     span: float | None
     adaptive: bool
@@ -63,9 +65,9 @@ class SimulateRequest(PlacementOptions, RoutingOptions):
     noise: list[str]
     observe: float | None
     dwell: float | None
-    device: str
-    noise_scale: float
-    probes: int
+    device: str | None
+    noise_scale: float | None
+    probes: int | None
     dtype: str | None
     output: Path | None
 
@@ -75,9 +77,10 @@ class SimulateRequest(PlacementOptions, RoutingOptions):
         self.check_routing()
         if self.schedule not in SCHEDULES:
             raise InputError(f"--schedule {self.schedule!r} must be one of {', '.join(SCHEDULES)}")
-        for name, least in (("max_batch", 1), ("probes", 2)):
-            if getattr(self, name) < least:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least {least}")
+        if self.max_batch < 1:
+            raise InputError(f"--max-batch {self.max_batch} must be at least 1")
+        if self.trace is not None and (given := self._given(DRAWN)):
+            raise InputError(f"{', '.join(given)}: --trace says which requests arrive, so leave out one or the other")
         for name in ("span", "observe"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
@@ -85,23 +88,30 @@ class SimulateRequest(PlacementOptions, RoutingOptions):
         if self.dwell is not None and not (math.isfinite(self.dwell) and self.dwell >= 0):
             raise InputError(f"--dwell {self.dwell:g} must be a number of seconds of at least 0")
         if self.adaptive:
-            if (
-                self.plan is not None
-                or self.placement is not None
-                or self.rule is not None
-                or self.fraction is not None
-            ):
+            if self._given(("plan", "placement", "rule", "fraction")):
                 raise InputError("--adaptive decides on the placement itself: leave out --plan, --placement and --rule")
             self.schedules()
-        elif self.budget or self.noise or self.observe is not None or self.dwell is not None:
-            raise InputError("--budget, --noise, --observe and --dwell are for --adaptive")
-        self.spec()
+            if self.chosen("probes") < 2:
+                raise InputError(f"--probes {self.probes} must be at least 2")
+            self.spec()
+        elif given := self._given(ADAPTIVE):
+            raise InputError(f"{', '.join(given)}: for --adaptive only")
         if self.output is not None:
             check_new_directory(self.output)
 
+    def _given(self, names: Iterable[str]) -> list[str]:
+        """Those options of `names` that have a value, spelled as on the command line."""
+        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) not in (None, [])]
+
+    def chosen(self, name: str) -> Any:
+        """An option's value, or its default."""
+        value = getattr(self, name)
+        return (DRAWN | ADAPTIVE)[name] if value is None else value
+
     def spec(self) -> AnalogSpec:
         """The device that the policy's chips are made of."""
-        return check_drifting(analog_spec(self.device, noise_scale=self.noise_scale, time_s=0.0, adc_bound=3.0))
+        spec = analog_spec(self.chosen("device"), noise_scale=self.chosen("noise_scale"), time_s=0.0, adc_bound=3.0)
+        return check_drifting(spec)
 
     def schedules(self) -> tuple[Any, Any]:
         """(energy budget as a share of the way from all analog to all digital, factor of the noise)."""
@@ -113,8 +123,8 @@ class SimulateRequest(PlacementOptions, RoutingOptions):
         if self.trace is not None:
             return read_trace(self.trace, context=context)
         return poisson_requests(
-            self.seed, rate=self.rate, duration_s=self.duration, prompt=self.prompt, output=self.generate,
-            context=context,
+            self.seed, rate=self.chosen("rate"), duration_s=self.chosen("duration"), prompt=self.chosen("prompt"),
+            output=self.chosen("generate"), context=context,
         )  # fmt: skip
 
 
@@ -148,7 +158,7 @@ def run(request: SimulateRequest) -> None:
 
     controller: Controller
     looks, facts = list[Look](), dict[str, Any]()
-    length = request.duration if request.trace is None else max(requests[-1].arrival_s, 1e-3)
+    length = request.chosen("duration") if request.trace is None else max(requests[-1].arrival_s, 1e-3)
     if request.adaptive:
         name = "by the runtime policy"
         # Both copies of every expert are resident, whatever the plan.
@@ -192,7 +202,7 @@ def _adaptive(
     key, chip = jax.random.split(jax.random.key(request.seed))
     every = request.observe or length / SPANS
     costs = Costs(
-        batch=request.max_batch, weight_bytes=described.weight_bytes, probes=request.probes,
+        batch=request.max_batch, weight_bytes=described.weight_bytes, probes=request.chosen("probes"),
         dwell_s=2 * every if request.dwell is None else request.dwell,
     )  # fmt: skip
     knowledge = make_knowledge(
@@ -201,7 +211,7 @@ def _adaptive(
     )  # fmt: skip
     base, extra = energy_ends(knowledge)
     watch = Watch(
-        chip, model.params, spec, knowledge, probes=request.probes, budget=base + budget.at(0.0) * extra
+        chip, model.params, spec, knowledge, probes=request.chosen("probes"), budget=base + budget.at(0.0) * extra
     )  # fmt: skip
     return Adaptive(
         watch, knowledge, budget, noise, every_s=every, tokens_per_s=total_tokens(requests)[1] / length,

@@ -52,7 +52,7 @@ def print_summary(console: Console, summary: dict[str, Any], looks: Sequence[Loo
         f"generated {summary['generated_tokens']:,} tokens in {summary['seconds']:,.4g} s: "
         f"{summary['tokens_per_s']:,.4g} tokens per second, {amount(summary['joules_per_token'], 'J')} per token, "
         f"{amount(summary['power_w'], 'W')}; busy {summary['busy']:.1%} of the time, with {summary['running']:.1f} "
-        "requests on average",
+        "requests at a time while busy",
         highlight=False,
     )
     table = Table(title="requests", title_justify="left")

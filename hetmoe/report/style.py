@@ -47,15 +47,23 @@ class LineStyle:
         return {"color": self.colour, "marker": self.marker, "ls": self.dash, "mfc": face, "ms": 5, "lw": 1.5}
 
 
+def placement_colours(names: Sequence[str]) -> dict[str, str]:
+    """Rules and placements that are known have the same colour in every figure; others take what is left."""
+    known = {name: _KNOWN.get(name.replace(" ", "_")) for name in names}
+    found = {name: look[0] for name, look in known.items() if look is not None}
+    free = [*(c for c in COLOURS if c not in found.values()), *COLOURS]
+    others = [name for name in names if name not in found]
+    return found | {name: free[index % len(free)] for index, name in enumerate(others)}
+
+
 def line_styles(lines: Sequence[Line]) -> dict[Line, LineStyle]:
     """Colour and marker tell placements apart; line style and filling tell fractions of one rule apart."""
     names = list(dict.fromkeys(line.placement for line in lines))
     looks = {name: _KNOWN[name] for name in names if name in _KNOWN}
-    used = {colour for colour, _ in looks.values()}
-    free = [*(c for c in COLOURS if c not in used), *COLOURS]
+    colours = placement_colours(names)
     others = [name for name in names if name not in _KNOWN]
     for index, name in enumerate(others):
-        looks[name] = (free[index % len(free)], _OTHER_MARKERS[index % len(_OTHER_MARKERS)])
+        looks[name] = (colours[name], _OTHER_MARKERS[index % len(_OTHER_MARKERS)])
     fractions = sorted({line.fraction for line in lines if line.fraction is not None})
     styles: dict[Line, LineStyle] = {}
     for line in lines:

@@ -10,6 +10,8 @@ from hetmoe.placement.several_budgets import choose_within
 from hetmoe.quantize.budget import EXPERT_MATRICES
 from hetmoe.technologies.choices import Assignment, Choices
 
+UNITS = {"max_bytes": " B", "max_energy": " J", "max_tiles": ""}
+
 
 def assign(
     choices: Choices,
@@ -52,7 +54,8 @@ def assign(
     least = costs.min(axis=1).sum(axis=0)
     for (name, budget), floor in zip(given.items(), least, strict=True):
         if budget is not None and floor > budget * (1 + 1e-12):
-            raise InputError(f"{name}={budget:g} is too small: the options that need least take {floor:g}")
+            unit = UNITS[name]
+            raise InputError(f"{name}={budget:g}{unit} is too small: the options that need least take {floor:g}{unit}")
     try:
         found = choose_within(choices.losses[:, :, allowed].reshape(-1, len(allowed)), costs, budgets)
     except InputError as error:

@@ -98,7 +98,8 @@ def expected_losses(
 def check_levels(levels: Sequence[int]) -> tuple[int, ...]:
     """Raises InputError unless bits exist, ascend and do not repeat."""
     if not levels or list(levels) != sorted(set(levels)) or any(level not in BITS for level in levels):
-        raise InputError(f"levels={','.join(map(str, levels)) or 'none'} must be ascending ones of {BITS}")
+        said = ",".join(map(str, levels)) or "none"
+        raise InputError(f"levels={said}: give some of {', '.join(map(str, BITS))}, in ascending order")
     return tuple(levels)
 
 

@@ -3,11 +3,17 @@
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import hetmoe
+from hetmoe.checkpoint.save import save_model
 from hetmoe.hardware.description import shipped_descriptions
+from hetmoe.models.model import Model
+from hetmoe.placement.plan import Plan
+from hetmoe.placement.plan_file import save_plan
+from tests.models.tiny import random_params, tiny_config
 
 
 def test_it_answers_for_the_reference_model(run, tmp_path: Path) -> None:
@@ -95,7 +101,28 @@ def test_quantized_experts_take_the_bytes_that_they_have(run, tmp_path: Path) ->
     )
     code, _, err = run("hardware", tmp_path / "q", "--placement", "experts_analog")
     assert code == 2 and "quantized" in err and "--plan" in err
-    assert "all digital" in out
+    assert "the plan beside the model" in out
+
+
+def test_a_plan_beside_the_model_is_the_default(run, tmp_path: Path) -> None:
+    config = tiny_config(num_layers=2, num_experts=4, hidden_size=32, expert_intermediate_size=64)
+    model = Model(params=random_params(config, 0), config=config, tokenizer=None, eos_token_id=0, name="tiny")
+    save_model(tmp_path / "m", model)
+    experts = np.zeros((2, 4), bool)
+    experts[1, :3] = True
+    found = {}
+    for name, options in {"none": (), "asked": ("--placement", "experts_analog"), "beside": ()}.items():
+        if name == "beside":
+            save_plan(tmp_path / "m" / "plan.json", Plan(experts=jnp.asarray(experts)), model, made_by={})
+        path = tmp_path / f"{name}.json"
+        code, _, err = run("hardware", tmp_path / "m", "--routing", "uniform", *options, "--json", path)
+        assert code == 0, err
+        record = json.loads(path.read_text())
+        found[name] = record["placement"], record["estimates"][0]["tiles"]
+    assert found == {
+        "none": ("experts analog", 8 * 3), "asked": ("experts analog", 8 * 3),
+        "beside": ("the plan beside the model", 3 * 3),
+    }  # fmt: skip
 
 
 def test_lists_and_shows(run, tmp_path: Path) -> None:

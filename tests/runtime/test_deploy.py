@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hetmoe.analog.programming import program
+from hetmoe.analog.programming import ProgrammedWeights, program, with_maxima
 from hetmoe.analog.spec import analog_spec
 from hetmoe.errors import InputError
 from hetmoe.models.matrices import crossbar_matrices
@@ -125,6 +125,28 @@ def test_probing_reads_what_chips_hold(bits: int | None) -> None:
         limit = 6 * np.sqrt(np.asarray(found.scale_variance[..., column]))
         assert (np.abs(np.asarray(found.scale[..., column]) - along) < limit).all()
         assert (along < 0.95).all() and (limit < 0.05).all()  # drift is seen
+
+
+def test_the_error_of_the_converters_is_not_taken_for_noise() -> None:
+    """Chips that hold their targets exactly, read by coarse ADCs: all that is seen is rounding, tile by tile."""
+    spec = analog_spec("pcm", time_s=1.0, tile_rows=16, adc_bound=4.0, adc_bits=6)
+    params = model().params
+    targets = crossbar_matrices(params.layers, dense=False)
+    hold = jax.vmap(jax.vmap(lambda w: with_maxima(w.astype(jnp.float32), spec)))
+    exact = {name: hold(targets[name]) for name in EXPERT_MATRICES}
+    exact = ProgrammedWeights(layers=exact, dense_layers={}, lm_head=None)
+    found = probe_experts(jax.random.key(9), params, exact, spec, 400)
+    for column, name in enumerate(EXPERT_MATRICES):
+        rows, columns = targets[name].shape[-2:]
+        for place in np.ndindex(SHAPE):
+            w = np.asarray(targets[name][place])
+            ranges = np.asarray(probe_ranges(targets[name][place], exact.layers[name].weight_max[place], spec))
+            blocks = np.array_split(w, -(-rows // 16))
+            steps = [2 * r * 4.0 * np.abs(b).max() / 62 for r, b in zip(ranges, blocks, strict=True)]
+            rounding = columns * sum(step**2 / 12 for step in steps)  # in every column one error of each tile
+            assert len(blocks) > 1
+            # 400 probes of `columns` errors each: their mean square is known to 1 % and better.
+            assert abs(float(found.change[*place, column])) < 0.15 * rounding
 
 
 def test_probes_are_codes_that_do_not_clip() -> None:

@@ -71,6 +71,9 @@ def test_losses_by_the_two_estimates() -> None:
     assert (np.asarray(know.noise_loss) >= np.asarray(noise.variance.experts) * (1 - 1e-5)).all()
     total = np.asarray(noise.variance.experts + noise.bias.experts)
     assert (np.asarray(know.noise_loss) <= total * (1 + 1e-5)).all()
+    off = np.square(fresh_noise(model().params, SPEC).off)
+    beyond = np.maximum(np.asarray(noise.bias.experts) - np.asarray(know.scale_loss) * off, 0)
+    np.testing.assert_allclose(know.noise_loss, np.asarray(noise.variance.experts) + beyond, rtol=1e-4)
     # What a change of scale loses goes with its square, whatever share it was measured at.
     small, large = (
         np.asarray(
@@ -95,6 +98,11 @@ def test_energies_by_hand() -> None:
     np.testing.assert_allclose(know.program_energy, tiles * program, rtol=1e-6)
     np.testing.assert_allclose(know.probe_energy, 8 * tiles * operation, rtol=1e-6)
     np.testing.assert_allclose(know.analog_energy, np.full((2, 4), 0.5 * tiles * operation), rtol=1e-6)
+    digital = DESCRIBED["digital"].entries
+    bandwidth = digital["memory.bandwidth"].value * digital["memory.utilisation"].value
+    read = (1 - 0.5**4) / 4  # a token's part of reading an expert that half of 4 tokens choose: bytes bind, not FLOPs
+    wanted = digital["power.busy"].value * read * 2 * WEIGHTS / bandwidth
+    np.testing.assert_allclose(know.digital_energy, np.full((2, 4), wanted), rtol=1e-5)
     price = np.sum(know.digital_energy - know.analog_energy) / np.sum(know.noise_loss)
     np.testing.assert_allclose(know.joules_per_nat, price, rtol=1e-5)
     assert np.asarray(know.ages).tolist() == [np.float32(age) for age in AGES]

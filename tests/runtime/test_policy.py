@@ -283,6 +283,52 @@ def test_one_program_serves_all_settings_budgets_and_plans() -> None:
             state, _ = counted(know, state, seen(know, time=1e5 * (number + 1), budget=budget))
 
 
+def test_an_error_of_scale_that_is_left_counts_as_loss() -> None:
+    """Scales that are off by less than the readings' error stay, and cost their square times `scale_loss`."""
+    know = made_up(4)
+    state = initial_state(know, 0.0)
+    scale = np.ones((*SHAPE, 3))
+    scale[1, 2] = (1.15, 0.9, 1.0)  # within two standard errors of 0.1
+    again, done = decide(know, state, seen(know, time=1.0, budget=0.0, noise=1.1, scale=scale, error=0.1))
+    assert not np.asarray(done.recompensate).any() and np.asarray(again.analog).all()
+    left = np.zeros(SHAPE)
+    left[1, 2] = (0.15**2 + 0.1**2) / 3
+    np.testing.assert_allclose(again.scale_error, left, rtol=1e-4, atol=1e-9)
+    wanted = np.sum(np.asarray(know.noise_loss) * 1.1 + np.asarray(know.scale_loss) * left)
+    np.testing.assert_allclose(done.expected, wanted, rtol=1e-5)
+    # Where it makes an expert the one that loses most, that one becomes digital.
+    extra = float((know.digital_energy - know.analog_energy)[1, 2])
+    know = know.replace(scale_loss=know.scale_loss.at[1, 2].set(1e4))
+    room = float(know.analog_energy.sum()) + extra + 0.5
+    plain = initial_state(know, 0.0)
+    moved, _ = decide(know, plain, seen(know, time=1e5, budget=room, noise=1.1, scale=scale, error=0.1, tokens=1e6))
+    assert not np.asarray(moved.analog)[1, 2]
+    even, _ = decide(know, plain, seen(know, time=1e5, budget=room, noise=1.1, tokens=1e6))
+    assert np.asarray(even.analog)[1, 2]
+
+
+def test_experts_that_lost_their_place_keep_it_where_there_is_room() -> None:
+    """Nothing else may move (it moved just now), so an expert that is no longer wanted stays digital."""
+    know = made_up(5).replace(margin=jnp.float32(0.0))
+    extra = np.asarray(know.digital_energy - know.analog_energy)
+    base, _ = ends(know)
+    best = np.unravel_index(np.argmax(extra), SHAPE)
+    other = next(p for p in np.ndindex(SHAPE) if p != best)
+    know = know.replace(noise_loss=know.noise_loss.at[best].set(1e5))
+    room = float(extra.max()) + 0.5  # for the best alone, or for the other
+    analog = np.ones(SHAPE, bool)
+    analog[other] = False
+    state = initial_state(know, 0.0).replace(
+        analog=jnp.asarray(analog), moved_s=jnp.full(SHAPE, 999.0, jnp.float32)
+    )  # fmt: skip
+    held, done = decide(know, state, seen(know, time=1000.0, budget=base + room, tokens=1e6))
+    np.testing.assert_array_equal(held.analog, analog)
+    assert not np.asarray(done.to_analog).any()
+    less = base + float(extra[other]) - 0.5  # no room for it: it leaves
+    gone, done = decide(know, state, seen(know, time=1000.0, budget=less, tokens=1e6))
+    assert np.asarray(gone.analog).all() and np.asarray(done.to_analog)[other]
+
+
 def test_a_running_mean_of_readings() -> None:
     know = made_up(9).replace(memory=jnp.float32(0.25))
     state = initial_state(know, 0.0)

@@ -13,9 +13,9 @@ from hetmoe.errors import InputError
 from hetmoe.evaluate.run import evaluate_digital, evaluate_programmed, loss_batches
 from hetmoe.models.matrices import crossbar_matrices
 from hetmoe.models.transformer import forward
-from hetmoe.placement.plan import Plan
+from hetmoe.placement.plan import Plan, stack_plans
 from hetmoe.quantize.budget import EXPERT_MATRICES
-from hetmoe.runtime.deploy import deployed_weights, fresh_chips
+from hetmoe.runtime.deploy import Chips, deployed_weights, fresh_chips
 from hetmoe.runtime.scenario import Moment, Scenario, Simulator, inverse_scales
 from tests.models.tiny import random_tokens
 from tests.runtime.small import CONFIG, SPEC, knowledge, model
@@ -115,6 +115,42 @@ def test_the_oracle_keeps_the_budget() -> None:
     for moment, budget in zip(found, scenario().budget, strict=True):
         assert moment.running <= budget * (1 + 1e-6) and moment.actions == 0
     assert found[3].digital == 8 and found[2].digital < found[0].digital
+
+
+def by_hand(chips: Chips, analog: np.ndarray, *, compensated: bool) -> float:
+    """Loss of a plan on chips in this state, with scales set right in float64."""
+    params = model().params
+    held = deployed_weights(KEY, params, SPEC, chips)
+    if compensated:
+        targets, factors = crossbar_matrices(params.layers, dense=False), []
+        for name in EXPERT_MATRICES:
+            w, w2 = np.asarray(targets[name], np.float64), np.asarray(held.layers[name].w, np.float64)
+            factors.append((w * w).sum((-2, -1)) / (w * w2).sum((-2, -1)))
+        chips = chips.replace(factor=jnp.asarray(np.stack(factors, axis=-1), jnp.float32))
+        held = deployed_weights(KEY, params, SPEC, chips)
+    plans = stack_plans([Plan(experts=jnp.asarray(analog))])
+    found = evaluate_programmed(params, held, plans, SPEC, None, loss_batches(TEXT, 3), CONFIG)
+    return float(found.nll[0]) / (6 * 12)
+
+
+def test_what_the_references_meet() -> None:
+    """A static plan meets chips of that age and heat; the oracle meets new ones in the same heat, with exact scales."""
+    plan = np.ones((2, 4), bool)
+    (plain,) = simulator().fixed(KEY, scenario(), [plan], compensated=False)
+    (exact,) = simulator().fixed(KEY, scenario(), [plan], compensated=True)
+    know = knowledge()
+    poor = dataclasses.replace(scenario(), budget=(float(know.analog_energy.sum()),) * 4)  # no expert is digital
+    oracle = simulator().oracle(KEY, poor)
+    assert {m.digital for m in oracle} == {0}
+    for index, (time, noise) in enumerate(zip(scenario().times_s, scenario().noise, strict=True)):
+        old = fresh_chips(2, 4).replace(age=jnp.full((2, 4), time, jnp.float32), noise=jnp.float32(noise))
+        new = fresh_chips(2, 4).replace(epoch=jnp.full((2, 4), index), noise=jnp.float32(noise))
+        np.testing.assert_allclose(plain[index].loss, by_hand(old, plan, compensated=False), rtol=1e-6)
+        np.testing.assert_allclose(exact[index].loss, by_hand(old, plan, compensated=True), rtol=1e-5)
+        np.testing.assert_allclose(oracle[index].loss, by_hand(new, plan, compensated=True), rtol=1e-5)
+    # What tells these apart is at least twice the tolerances.
+    losses = [plain[2].loss, exact[2].loss, oracle[2].loss, plain[1].loss, exact[1].loss, oracle[1].loss]
+    assert min(abs(a - b) for i, a in enumerate(losses) for b in losses[:i]) > 2e-5 * losses[0]
 
 
 @pytest.mark.parametrize(

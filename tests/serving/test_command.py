@@ -54,8 +54,7 @@ def test_the_policy_decides(run, tmp_path: Path) -> None:
 
 BAD = [
     (("--max-batch", 0), "--max-batch 0 must be at least 1"),
-    (("--probes", 1), "--probes 1 must be at least 2"),
-    (("--device", "pmc"), "pmc"),
+    (("--adaptive", "--probes", 1), "--probes 1 must be at least 2"),
     (("--span", 0), "--span 0 must be a positive number of seconds"),
     (("--adaptive", "--observe", -1), "--observe -1 must be a positive number"),
     (("--adaptive", "--dwell", -1), "--dwell -1 must be a number of seconds of at least 0"),
@@ -64,7 +63,11 @@ BAD = [
     (("--rate", 1e-9), "no request arrives"),
     (("--generate", 0.5), "output=0.5 must be finite and at least 1"),
     (("--trace", "absent.csv"), "absent.csv"),
-    (("--budget", "0=1"), "--budget, --noise, --observe and --dwell are for --adaptive"),
+    (("--budget", "0=1", "--probes", 4), "--budget, --probes: for --adaptive only"),
+    (("--noise-scale", 2), "--noise-scale: for --adaptive only"),
+    (("--device", "pcm"), "--device: for --adaptive only"),
+    (("--trace", "absent.csv", "--rate", 2), "--rate: --trace says which requests arrive"),
+    (("--trace", "absent.csv", "--prompt", 2, "--duration", 5), "--duration, --prompt: --trace says"),
     (("--adaptive", "--digital", 0.5), "--adaptive decides on the placement itself"),
     (("--adaptive", "--budget", "1=1"), "--budget '1=1': times must begin with 0"),
     (("--adaptive", "--noise", "0=0"), "--noise '0=0': the value must be from 0.001 to 1000"),

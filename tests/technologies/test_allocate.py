@@ -102,7 +102,10 @@ def test_assignments_are_the_best_of_all() -> None:
     [
         ({"max_bytes": -1}, "max_bytes=-1 must be"),
         ({"max_energy": math.nan}, "max_energy=nan must be"),
-        ({"max_bytes": 10, "exclude": ("analog",)}, r"max_bytes=10 is too small: the options that need least take \d+"),
+        (
+            {"max_bytes": 10, "exclude": ("analog",)},
+            r"max_bytes=10 B is too small: the options that need least take \d+ B",
+        ),
         (
             {"max_tiles": 3, "max_bytes": 20_000, "exclude": ("2 bits",)},
             "max_bytes=20000, max_tiles=3: no choice keeps",
@@ -120,7 +123,7 @@ def test_bad_choices() -> None:
     for losses, levels, message in (
         (np.zeros((2, 4, 3)), (2, 3), "losses"), (np.full((2, 4, 4), np.nan), (2, 3), "finite"),
         (np.zeros((2, 4, 4)), (3, 2), "ascending"), (np.zeros((2, 4, 2)), (), "ascending"),
-        (np.zeros((2, 4, 3)), (5,), "ascending ones of"),
+        (np.zeros((2, 4, 3)), (5,), "levels=5: give some of 1, 2, 3, 4, 8"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):
             make_choices(CONFIG, losses, levels, RECIPE, share, batch=8, **HARDWARE)
@@ -194,8 +197,13 @@ BAD = [
     (("-o", "m"), "without a budget"),
     (("-o", "m", "--max-energy", "20"), "'20' must be a number, a space and a unit like 'J'"),
     (("-o", "m", "--max-energy", "20 W"), "unit 'W' does not fit: use a unit like 'J'"),
+    (("-o", "m", "--max-bytes", "5 W"), "--max-bytes unit 'W' does not fit: use a unit like 'B'"),
+    (("-o", "m", "--max-bytes", "many"), "--max-bytes 'many B' must be a number"),
+    (("-o", "m", "--max-bytes", "-1"), "--max-bytes '-1' must be at least 0"),
+    (("-o", "m", "--max-energy", "-1 uJ"), "--max-energy '-1 uJ' must be at least 0"),
+    (("-o", "m", "--max-tiles", -1), "--max-tiles -1 must be at least 0"),
     (("-o", "m", "--max-bytes", 5, "--levels", "2,x"), "--levels '2,x' must be whole numbers"),
-    (("-o", "m", "--max-bytes", 5, "--levels", "2,5"), "ascending ones of"),
+    (("-o", "m", "--max-bytes", 5, "--levels", "2,5"), "levels=2,5: give some of 1, 2, 3, 4, 8"),
     (("-o", "m", "--max-bytes", 5, "--tokens", 256), "--tokens 256 must be at least 512"),
     (("-o", "m", "--max-bytes", 5, "--report-seeds", 1), "--report-seeds 1"),
     (("-o", "m", "--max-bytes", 5, "--report", "--time", 5), "leave out --time"),
