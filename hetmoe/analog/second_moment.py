@@ -77,15 +77,36 @@ def expert_second_moment(
     dh = STEEPEST * da * (u + du) + s * du
     ds_mean = np.minimum(np.abs(slope(clean.gate)) * da_mean + MOST_CURVED / 2 * da_square, STEEPEST * da)
     dh_mean = ds_mean * (u + du_mean) + s * du_mean
-    down, bias = expert.down, noise.down.mean
-    mean_kept = _mean_part(dh_mean, down)
-    mean_moved = np.linalg.norm(clean.hidden @ bias, axis=1) + _mean_part(dh_mean, bias)
-    kept = np.sqrt(np.square(mean_kept) + np.square(dh) @ np.square(down).sum(axis=1))
-    moved = np.linalg.norm(clean.hidden @ bias, axis=1) + np.sqrt(
-        np.square(_mean_part(dh_mean, bias)) + np.square(dh) @ np.square(bias).sum(axis=1)
+    return output_moments(clean.hidden, dh_mean, dh, expert.down, noise.down)
+
+
+def output_moments(
+    hidden: Float64[Array, "tokens neurons"],
+    moved_mean: Float64[Array, "tokens neurons"],
+    moved: Float64[Array, "tokens neurons"],
+    down: Float64[Array, "neurons outputs"],
+    noise: Moments,
+) -> OutputMoments:
+    """Bounds for the output of a last layer whose inputs move and whose weights are noisy.
+
+    Args:
+        hidden: outputs of the neurons without noise.
+        moved_mean: bounds of `|E dh|`.
+        moved: bounds of `sqrt(E dh^2)`; neurons move independently of each other and of the last layer.
+        down: its weights.
+        noise: of its weights.
+    """
+    size, bias = np.abs(hidden), noise.mean
+    mean_kept = _mean_part(moved_mean, down)
+    mean_moved = np.linalg.norm(hidden @ bias, axis=1) + _mean_part(moved_mean, bias)
+    kept = np.sqrt(np.square(mean_kept) + np.square(moved) @ np.square(down).sum(axis=1))
+    all_moved = np.linalg.norm(hidden @ bias, axis=1) + np.sqrt(
+        np.square(_mean_part(moved_mean, bias)) + np.square(moved) @ np.square(bias).sum(axis=1)
     )
-    spread = np.square(np.abs(clean.hidden) + dh) @ noise.down.variance.sum(axis=1)
-    return OutputMoments(mean=widened(mean_kept + mean_moved), rms=widened(np.sqrt(np.square(kept + moved) + spread)))
+    spread = np.square(size + moved) @ noise.variance.sum(axis=1)
+    return OutputMoments(
+        mean=widened(mean_kept + mean_moved), rms=widened(np.sqrt(np.square(kept + all_moved) + spread))
+    )  # fmt: skip
 
 
 def _mean_part(mean: Float64[Array, "tokens inner"], matrix: Float64[Array, "inner hidden"]) -> Array:

@@ -1,0 +1,83 @@
+"""Errors that are exceeded with at most a given probability.
+
+- Any noise: `P(|e| >= rms / sqrt(delta)) <= delta` (Markov's inequality for |e|^2).
+- One matrix, deviations that are functions of independent standard normals z, each with a slope of at most L_ij in its
+  normals: `|e|` has in z the Lipschitz constant `max_j sqrt(sum_i x_i^2 L_ij^2)`, since every normal moves one output
+  only. So (Gaussian concentration: Boucheron, Lugosi and Massart, Concentration Inequalities, theorem 5.6)
+  `P(|e| >= sqrt(E |e|^2) + sqrt(2 log(1 / delta)) max_j sqrt(sum_i x_i^2 L_ij^2)) <= delta`. Clipping at zero
+  conductance does not make slopes larger, so that this holds for clipped devices too.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float64
+
+from hetmoe.analog.devices import group_range
+from hetmoe.analog.devices.base import relative
+from hetmoe.analog.devices.pair import DifferentialPair
+from hetmoe.analog.noise_moments import programming_moments
+from hetmoe.analog.second_moment import Moments, linear_second_moment
+from hetmoe.analog.spec import AnalogSpec
+from hetmoe.errors import InputError
+from hetmoe.quantize.bounds.rounding import widened
+
+
+def check_delta(delta: float) -> float:
+    """Raises InputError unless it is a probability above 0 and below 1."""
+    if not 0 < delta < 1:
+        raise InputError(f"delta={delta!r} must be a probability between 0 and 1")
+    return delta
+
+
+def markov_bound(rms: Float64[np.ndarray, "tokens"], delta: float) -> Float64[np.ndarray, "tokens"]:
+    """What |e| exceeds with a probability of at most delta, whatever the noise; `rms` bounds `sqrt(E |e|^2)`.
+
+    Raises:
+        InputError: unless `0 < delta < 1`.
+    """
+    return widened(rms / math.sqrt(check_delta(delta)))
+
+
+def linear_tail(
+    x: Float64[np.ndarray, "tokens K"], noise: Moments, slopes: Float64[np.ndarray, "K N"], delta: float
+) -> Float64[np.ndarray, "tokens"]:
+    """What the norm of a matrix's output error exceeds with a probability of at most delta, by concentration.
+
+    Args:
+        x: inputs.
+        noise: exact moments of the deviations.
+        slopes: L_ij, `draw_slopes`.
+        delta: probability, for each token by itself.
+
+    Raises:
+        InputError: unless `0 < delta < 1`.
+    """
+    reach = math.sqrt(2 * math.log(1 / check_delta(delta)))
+    rms = np.sqrt(linear_second_moment(x, noise).sum(axis=1))
+    steepest = np.sqrt(np.max(np.square(x) @ np.square(slopes), axis=1))
+    return widened(rms + reach * steepest)
+
+
+def noise_of(w: Float[Array, "K N"], spec: AnalogSpec) -> Moments:
+    """The exact moments of programming noise, float64."""
+    found = jax.jit(programming_moments)(w, spec)
+    return Moments(np.asarray(found.mean, np.float64), np.asarray(found.variance, np.float64))
+
+
+def draw_slopes(w: Float[Array, "K N"], spec: AnalogSpec) -> Float64[np.ndarray, "K N"]:
+    """Largest slope of every weight's deviation in its standard normals, right after programming.
+
+    Of a differential pair the root of the sum of both devices' squared spreads before clipping; of other devices, which
+    do not clip, the standard deviation.
+    """
+    device, target = spec.device, w.astype(jnp.float32)
+    if not isinstance(device, DifferentialPair):
+        return np.sqrt(noise_of(w, spec).variance)
+    largest = group_range(target, device.scale_group, spec.options.tile_rows).largest
+    g = relative(target, largest) * device.g_max_us
+    spreads = (device.programming_std(jnp.maximum(part, 0.0)) for part in (g, -g))
+    both = jnp.sqrt(sum(jnp.square(spread) for spread in spreads))
+    return np.asarray(spec.noise_scale * both * (largest / device.g_max_us), np.float64)

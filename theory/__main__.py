@@ -1,0 +1,79 @@
+"""The command line: `python -m theory all`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hetmoe.cli import USAGE_ERRORS
+from hetmoe.errors import InputError
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Checks the neuron-norm claims on synthetic training of two-layer mixtures of experts, and the error bounds.",
+)  # fmt: skip
+
+QUICK = Annotated[bool, typer.Option("--quick", help="Few seeds, frequencies and devices: under a minute.")]
+SEEDS = Annotated[int | None, typer.Option(help="Mixtures of each frequency; default 16 (settings: 8), quick 4.")]
+SEED = Annotated[int, typer.Option(help="Of everything that is drawn.")]
+OUTPUT = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Directory for figures and results.json; must be new.")
+]
+
+
+def _run(names: list[str], quick: bool, seeds: int | None, seed: int, output: Path | None) -> None:
+    from theory.run import PARTS, run
+
+    if seeds is not None and seeds < 2:
+        raise InputError(f"--seeds {seeds} must be at least 2")
+    if seed < 0:
+        raise InputError(f"--seed {seed} must be at least 0")
+    run([PARTS[name] for name in names or PARTS], quick, seeds, seed, output)
+
+
+@app.command()
+def claims(quick: QUICK = False, seeds: SEEDS = None, seed: SEED = 0, output: OUTPUT = None) -> None:
+    """Specialisation, growth, order and tolerances, in the analysed setting on all devices."""
+    _run(["claims"], quick, seeds, seed, output)
+
+
+@app.command()
+def settings(quick: QUICK = False, seeds: SEEDS = None, seed: SEED = 0, output: OUTPUT = None) -> None:
+    """The same claims where one thing about the analysed setting is changed."""
+    _run(["settings"], quick, seeds, seed, output)
+
+
+@app.command()
+def bounds(quick: QUICK = False, seed: SEED = 0, output: OUTPUT = None) -> None:
+    """Error bounds against simulated chips, on random experts."""
+    _run(["bounds"], quick, None, seed, output)
+
+
+@app.command()
+def reference(quick: QUICK = False, seed: SEED = 0, output: OUTPUT = None) -> None:
+    """The same bounds on the embedded model's experts and inputs, layer by layer."""
+    _run(["reference"], quick, None, seed, output)
+
+
+@app.command(name="all", epilog="Example: python -m theory all -o build/theory")
+def everything(quick: QUICK = False, seeds: SEEDS = None, seed: SEED = 0, output: OUTPUT = None) -> None:
+    """All of these."""
+    _run([], quick, seeds, seed, output)
+
+
+def main() -> None:
+    """Entry point; what the user got wrong is one line."""
+    try:
+        code = app(standalone_mode=False)
+    except InputError as error:
+        print(f"theory: {error}", file=sys.stderr)
+        sys.exit(2)
+    except USAGE_ERRORS as error:
+        print(f"theory: {' '.join(error.format_message().split())}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Experts on crossbars: hetmoe's devices program their matrices, and hetmoe's crossbar multiplies by them.
+
+Routers and fixed votes are digital, so what noise changes are the outputs of experts. Of tokens without noise there are
+only as many different ones as patterns: each is multiplied once, and sequences look their tokens up.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from hetmoe.analog.devices import Stream, group_range
+from hetmoe.analog.programming import matrix_key, stream_key
+from hetmoe.analog.random import matrix_normal, require_key
+from hetmoe.analog.spec import AnalogSpec
+from hetmoe.ops.crossbar_matmul.api import crossbar_matmul
+from theory.data import DataSpec
+from theory.model import Mixture, ModelSpec, expert_outputs, margins, route
+from theory.train import Test
+
+# Right after programming no others are used.
+_STREAMS = (Stream.PROGRAM_PLUS, Stream.PROGRAM_MINUS, Stream.DRIFT_PLUS)
+Draws = Mapping[str, Mapping[Stream, Float[Array, "experts K N"]]]
+
+
+class Bench(NamedTuple):
+    """Test sequences of all levels and what a mixture makes of them without noise."""
+
+    inputs: Float[Array, "inputs dim"]  # different tokens
+    ids: Int[Array, "levels count sequence"]  # which of them
+    label: Int[Array, "levels count"]
+    weights: Float[Array, "levels count sequence experts"]
+    clean: Float[Array, "inputs experts outputs"]
+
+
+def make_bench(
+    mixture: Mixture, dictionary: Float[Array, "patterns dim"], test: Test, data: DataSpec, spec: ModelSpec
+) -> Bench:
+    """See `Bench`."""
+    inputs, ids = dictionary, test.drawn.ids
+    if data.token_noise:
+        inputs = test.tokens.reshape(-1, test.tokens.shape[-1])
+        ids = jnp.arange(inputs.shape[0]).reshape(ids.shape)
+    return Bench(
+        inputs=inputs, ids=ids, label=test.drawn.label, weights=route(mixture.router, test.tokens, spec),
+        clean=expert_outputs(mixture, inputs, spec),
+    )  # fmt: skip
+
+
+def draw_chip(key: jax.Array, mixture: Mixture, spec: ModelSpec) -> Draws:
+    """The normals that `hetmoe.program` would use for a chip, of this key, that holds the mixture as its layer 0.
+
+    Drawn once for all noise scales and placements (common random numbers).
+    """
+    key = require_key(key)
+
+    def of_matrix(name: str, w: Array) -> dict[Stream, Array]:
+        here = matrix_key(key, name, 0)
+        experts = jnp.arange(w.shape[0])
+        return {
+            stream: jax.vmap(lambda e, s=stream: matrix_normal(stream_key(here, s, e), (w.shape[1], w.shape[2])))(
+                experts
+            )
+            for stream in _STREAMS
+        }
+
+    return {name: of_matrix(name, w) for name, w in analog_matrices(mixture, spec).items()}
+
+
+def analog_matrices(mixture: Mixture, spec: ModelSpec) -> dict[str, Float[Array, "experts K N"]]:
+    """Those that crossbars hold, by hetmoe's names."""
+    found = {"up": mixture.up}
+    if mixture.gate is not None:
+        found["gate"] = mixture.gate
+    if spec.trained_output:
+        found["down"] = mixture.down
+    return found
+
+
+def program_mixture(mixture: Mixture, draws: Draws, spec: ModelSpec, analog: AnalogSpec, scale: Array) -> Mixture:
+    """What a chip holds, with programming noise of this scale."""
+
+    def programmed(name: str, w: Array) -> Array:
+        ranges = group_range(w, analog.device.scale_group, analog.options.tile_rows)
+        return analog.device.program(
+            w, scale=ranges, draw=draws[name].__getitem__, noise_scale=scale, time_s=None
+        ).initial
+
+    return dataclasses.replace(
+        mixture, **{name: programmed(name, w) for name, w in analog_matrices(mixture, spec).items()}
+    )
+
+
+def noisy_outputs(
+    mixture: Mixture,
+    draws: Draws,
+    inputs: Float[Array, "inputs dim"],
+    spec: ModelSpec,
+    analog: AnalogSpec,
+    scale: Array,
+) -> Float[Array, "inputs experts outputs"]:
+    """What experts on one chip make of the inputs, through its converters; DAC ranges are dynamic."""
+    options = analog.options
+
+    def product(x: Array, w: Array) -> Array:
+        return crossbar_matmul(
+            x, w, dac_bits=options.dac_bits, adc_bits=options.adc_bits, adc_bound=analog.adc_bound,
+            bound_axis=options.bound_axis, tile_rows=options.tile_rows,
+        )  # fmt: skip
+
+    return expert_outputs(program_mixture(mixture, draws, spec, analog, scale), inputs, spec, product)
+
+
+def mixed_accuracy(
+    bench: Bench, noisy: Float[Array, "chips inputs experts outputs"], digital: Bool[Array, "experts"]
+) -> Float[Array, "levels"]:
+    """Accuracy of every level over all chips, with some experts digital."""
+
+    def of_chip(made: Array) -> Array:
+        made = jnp.where(digital[:, None], bench.clean, made)
+        outputs = jnp.einsum("lbje,lbjeo->lbo", bench.weights, made[bench.ids])
+        return jnp.mean(margins(outputs, bench.label) > 0, axis=1, dtype=jnp.float32)
+
+    return jnp.mean(jax.vmap(of_chip)(noisy), axis=0)
+
+
+def output_errors(bench: Bench, noisy: Float[Array, "chips inputs experts outputs"]) -> Float[Array, "experts"]:
+    """Mean square change of a sequence's outputs when only this expert is noisy, over chips, levels and sequences."""
+    change = (noisy - bench.clean)[:, bench.ids]  # [chips, levels, count, sequence, experts, outputs]
+    moved = jnp.einsum("lbje,clbjeo->clbeo", bench.weights, change)
+    return jnp.mean(jnp.sum(jnp.square(moved), axis=-1), axis=(0, 1, 2))

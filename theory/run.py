@@ -1,0 +1,132 @@
+"""What the commands do: measure, print, and keep records and figures."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from hetmoe.analog.devices import DEVICES
+from hetmoe.checkpoint.load import load_model
+from hetmoe.commands.common import make_console, write_json
+from hetmoe.evaluate.provenance import provenance
+from hetmoe.files import check_new_directory, make_directory, write_bytes
+from hetmoe.report.render import to_files, with_settings
+from theory.bounds import search
+from theory.experiment import Hardware, Plan, measure
+from theory.figures import draw_bounds, draw_claims, draw_devices, draw_reference, draw_settings
+from theory.measurements import all_claims
+from theory.reference import reference_layers, rows
+from theory.report import (
+    bound_rows,
+    claim_record,
+    print_bounds,
+    print_claim,
+    print_reference,
+    print_settings,
+)
+from theory.settings import BASE, SETTINGS
+from theory.train import TrainSpec
+
+QUICK_GAMMAS = (0.4, 0.2, 0.1)
+QUICK_SETTINGS = ("noisy tokens",)
+
+Result = tuple[dict[str, Any], dict[str, Callable[[], Any]]]
+"""Record, and figures by name."""
+Part = Callable[[Console, bool, int | None, int], Result]
+"""Takes the console, whether to be quick, a number of seeds (None = the default), and the base seed."""
+
+
+def run(parts: Sequence[Part], quick: bool, seeds: int | None, seed: int, output: Path | None) -> None:
+    """Runs parts in turn; writes results.json and figures if there is an output.
+
+    Raises:
+        InputError: for an output that exists, or values out of range.
+    """
+    if output is not None:
+        check_new_directory(output)
+    console, record = make_console(), dict[str, Any](format="hetmoe-theory-1", provenance=provenance(), quick=quick)
+    figures = dict[str, Callable[[], Any]]()
+    for part in parts:
+        started = time.perf_counter()
+        found, drawn = part(console, quick, seeds, seed)
+        console.print(f"{time.perf_counter() - started:.0f} s\n", highlight=False)
+        record |= found
+        figures |= drawn
+    if output is not None:
+        make_directory(output)
+        for name, draw in figures.items():
+            png, _ = with_settings(lambda draw=draw: to_files(draw()))
+            write_bytes(output / f"{name}.png", png)
+        write_json(output / "results.json", record)
+        console.print(f"figures and results: {output}")
+
+
+def shortened(spec: TrainSpec) -> TrainSpec:
+    """For a quick run: as many steps as frequencies down to 0.1 need."""
+    return dataclasses.replace(spec, chunks=60)
+
+
+def claims_part(console: Console, quick: bool, seeds: int | None, seed: int) -> Result:
+    """The analysed setting on all devices."""
+    if quick:
+        plan = Plan(
+            train=shortened(BASE), seeds=seeds or 4, seed=seed, chips=4, gammas=QUICK_GAMMAS,
+            hardware=(Hardware("proportional", False), Hardware("pcm", True)),
+        )  # fmt: skip
+    else:
+        devices = ("proportional", *(name for name in DEVICES if name != "proportional"))
+        both = tuple(Hardware(device, converters) for device in devices for converters in (False, True))
+        plan = Plan(seeds=seeds or 16, seed=seed, hardware=both)
+    measured = measure(plan)
+    found = all_claims(measured)
+    for claim in found:
+        print_claim(console, claim)
+    record = {"claims": [claim_record(claim) for claim in found], "gammas": plan.gammas, "seeds": plan.seeds}
+    return record, {"claims": lambda: draw_claims(measured, found), "devices": lambda: draw_devices(found)}
+
+
+def settings_part(console: Console, quick: bool, seeds: int | None, seed: int) -> Result:
+    """Every claim where one thing is changed."""
+    found = dict[str, Any]()
+    for name in QUICK_SETTINGS if quick else tuple(SETTINGS):
+        spec = shortened(SETTINGS[name]) if quick else SETTINGS[name]
+        plan = Plan(
+            train=spec, gammas=QUICK_GAMMAS if quick else (0.4, 0.1, 0.025), seeds=seeds or (4 if quick else 8),
+            seed=seed, chips=4 if quick else 8, digital=spec.model.experts // 2,
+        )  # fmt: skip
+        found[name] = all_claims(measure(plan))
+    print_settings(console, found)
+    record = {name: [claim_record(claim) for claim in claims] for name, claims in found.items()}
+    return {"settings": record}, {"settings": lambda: draw_settings(found)}
+
+
+def bounds_part(console: Console, quick: bool, seeds: int | None, seed: int) -> Result:
+    """Bounds on random experts."""
+    del seeds  # Unused: cases, not trained mixtures.
+    devices = ("proportional", "pcm") if quick else tuple(DEVICES)
+    cases = search(1 if quick else 3, 200 if quick else 2000, devices, seed=seed)
+    table = bound_rows(cases)
+    print_bounds(console, table)
+    return {"bounds": table}, {"bounds": lambda: draw_bounds(cases)}
+
+
+def reference_part(console: Console, quick: bool, seeds: int | None, seed: int) -> Result:
+    """Bounds on the embedded model."""
+    del seeds  # Unused: one model.
+    model = load_model("reference", "float32")
+    layers = reference_layers(
+        model, device="pcm", noise_scale=2.0, tokens=16 if quick else 192, chips=4 if quick else 16, bits=4, seed=seed
+    )
+    table = rows(layers)
+    print_reference(console, table, [layer.rounded for layer in layers])
+    routing = [{k: v for k, v in layer.rounded.items() if k.startswith("whole_model")} for layer in layers]
+    record = {"reference": {"errors": table, "routing": routing}}
+    return record, {"reference": lambda: draw_reference("reference model, pcm at c = 2", layers)}
+
+
+PARTS: dict[str, Part] = {
+    "claims": claims_part, "settings": settings_part, "bounds": bounds_part, "reference": reference_part,
+}  # fmt: skip

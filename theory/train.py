@@ -1,0 +1,207 @@
+"""Training by stochastic gradient descent: one `lax.scan`, vmapped over seeds and frequencies.
+
+Every step draws a new batch. Every `chunk` steps the mixture is kept and looked at: its clean accuracy on fixed test
+sequences, each level by itself, and what the claims about growth need.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from hetmoe.errors import InputError
+from theory.data import DataSpec, Sequences, draw_sequences, embed, level_probabilities, make_dictionary
+from theory.model import Mixture, ModelSpec, forward, init_mixture, margins, route
+
+LEARNED = 0.99  # accuracy, on every level by itself
+# Margins up to which the loss is linear: the hinge loss exactly, the logistic one to a tenth of its slope at 0.
+LINEAR = {"hinge": 1.0, "logistic": 0.2}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainSpec:
+    """How mixtures are trained.
+
+    Attributes:
+        data: what they are trained on.
+        model: their structure.
+        loss: `hinge` or `logistic`.
+        batch: sequences of a step.
+        chunk: steps between looks.
+        chunks: looks after the first, which is before training.
+        expert_rate: learning rate of experts.
+        router_rate: learning rate of routers.
+        std: of initial weights.
+        tests: sequences of each level that accuracy is measured on.
+
+    Raises:
+        InputError: for values out of range.
+    """
+
+    data: DataSpec = dataclasses.field(default_factory=DataSpec)
+    model: ModelSpec = dataclasses.field(default_factory=ModelSpec)
+    loss: Literal["hinge", "logistic"] = "hinge"
+    batch: int = 256
+    chunk: int = 5
+    chunks: int = 200
+    expert_rate: float = 0.1
+    router_rate: float = 0.1
+    std: float = 0.02
+    tests: int = 128
+
+    def __post_init__(self) -> None:
+        if self.loss not in ("hinge", "logistic"):
+            raise InputError(f"loss={self.loss!r} must be hinge or logistic")
+        for name in ("batch", "chunk", "chunks", "tests"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("expert_rate", "router_rate", "std"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise InputError(f"{name}={getattr(self, name)!r} must be positive and finite")
+        if self.model.dim != self.data.patterns or self.model.classes != self.data.classes:
+            raise InputError(
+                f"a model of {self.model.dim} dimensions and {self.model.classes} classes does not fit data of "
+                f"{self.data.patterns} and {self.data.classes}"
+            )
+
+
+class Test(NamedTuple):
+    """Fixed sequences, as many of each level."""
+
+    tokens: Float[Array, "levels count sequence dim"]
+    drawn: Sequences  # [levels, count, ...]
+
+
+class Look(NamedTuple):
+    """What is seen of a mixture, at one time."""
+
+    accuracy: Float[Array, "levels"]
+    loss: Float[Array, ""]  # mean over levels, each with its probability
+    margin: Float[Array, "levels"]  # mean
+    active: Float[Array, "levels"]  # share of sequences whose margin is in the linear part of the loss, below `LINEAR`
+    along: Float[Array, "experts neurons relevant"]  # inner products of first layers with relevant patterns
+    weight: Float[Array, "experts relevant"]  # mean weight of a relevant token in each expert, 0 where not chosen
+    chosen: Float[Array, "experts relevant"]  # how often an expert takes it
+
+
+@struct.dataclass
+class Trained:
+    """Of one seed and frequency, before training and at every look."""
+
+    dictionary: Float[Array, "patterns dim"]
+    test: Test
+    mixtures: Mixture  # stacked
+    looks: Look  # stacked
+
+
+def make_test(key: jax.Array, dictionary: Array, spec: TrainSpec) -> Test:
+    """Sequences of every level."""
+    levels = spec.data.levels
+
+    def one(key: jax.Array, level: Array) -> Test:
+        first, second = jax.random.split(key)
+        drawn = draw_sequences(first, spec.data, jax.nn.one_hot(level, levels), spec.tests)
+        return Test(embed(second, dictionary, drawn.ids, spec.data), drawn)
+
+    return jax.vmap(one)(jax.random.split(key, levels), jnp.arange(levels))
+
+
+def losses(outputs: Float[Array, "*b outputs"], label: Int[Array, "*b"], loss: str) -> Float[Array, "*b"]:
+    """Hinge loss of the margin, or the negative log-likelihood of the label."""
+    if loss == "hinge":
+        return optax.hinge_loss(margins(outputs, label), jnp.ones(label.shape, jnp.float32))
+    if outputs.shape[-1] == 1:
+        return optax.sigmoid_binary_cross_entropy(outputs[..., 0], label.astype(jnp.float32))
+    return optax.softmax_cross_entropy_with_integer_labels(outputs, label)
+
+
+def look_at(
+    mixture: Mixture, dictionary: Array, test: Test, probabilities: Float[Array, "levels"], spec: TrainSpec
+) -> Look:
+    """See `Look`."""
+    outputs = jax.vmap(lambda tokens: forward(mixture, tokens, spec.model))(test.tokens)
+    margin = margins(outputs, test.drawn.label)
+    of_level = jnp.mean(losses(outputs, test.drawn.label, spec.loss), axis=1)
+    weights = route(mixture.router, test.tokens, spec.model)  # [levels, count, sequence, experts]
+    is_relevant = jax.nn.one_hot(test.drawn.ids, spec.data.relevant)  # 0 for all others
+    present = jnp.maximum(jnp.sum(is_relevant, axis=(0, 1, 2)), 1.0)
+    of_pattern = partial(jnp.einsum, "lbje,lbjr->er", precision=jax.lax.Precision.HIGHEST)
+    return Look(
+        accuracy=jnp.mean(margin > 0, axis=1, dtype=jnp.float32),
+        margin=jnp.mean(margin, axis=1),
+        active=jnp.mean(margin < LINEAR[spec.loss], axis=1, dtype=jnp.float32),
+        loss=jnp.sum(of_level * probabilities),
+        along=jnp.einsum("edm,rd->emr", mixture.up, dictionary[: spec.data.relevant]),
+        weight=of_pattern(weights, is_relevant) / present,
+        chosen=of_pattern((weights > 0).astype(jnp.float32), is_relevant) / present,
+    )
+
+
+def optimiser(spec: TrainSpec) -> optax.GradientTransformation:
+    """Gradient descent with rates of their own for experts and routers; fixed votes stay as they are."""
+    kinds = Mixture(
+        router="router",  # pyright: ignore[reportArgumentType]
+        gate="experts" if spec.model.gated else None,  # pyright: ignore[reportArgumentType]
+        up="experts",  # pyright: ignore[reportArgumentType]
+        down="experts" if spec.model.trained_output else "fixed",  # pyright: ignore[reportArgumentType]
+    )
+    rules = {
+        "router": optax.sgd(spec.router_rate), "experts": optax.sgd(spec.expert_rate), "fixed": optax.set_to_zero(),
+    }  # fmt: skip
+    return optax.partition(rules, kinds)
+
+
+def train_one(key: jax.Array, gamma: Float[Array, ""], spec: TrainSpec) -> Trained:
+    """Trains one mixture. Dictionary, tests, initial weights and batches all follow from the key; gamma is traced."""
+    keys = jax.random.split(key, 4)
+    dictionary = make_dictionary(keys[0], spec.data)
+    test = make_test(keys[1], dictionary, spec)
+    probabilities = level_probabilities(gamma, spec.data.levels)
+    descent, start = optimiser(spec), init_mixture(keys[2], spec.model, spec.std)
+
+    def loss(mixture: Mixture, batch_key: jax.Array) -> Array:
+        first, second = jax.random.split(batch_key)
+        drawn = draw_sequences(first, spec.data, probabilities, spec.batch)
+        tokens = embed(second, dictionary, drawn.ids, spec.data)
+        return jnp.mean(losses(forward(mixture, tokens, spec.model), drawn.label, spec.loss))
+
+    def step(state: tuple[Mixture, Any], number: Array) -> tuple[tuple[Mixture, Any], None]:
+        mixture, memory = state
+        slopes = jax.grad(loss)(mixture, jax.random.fold_in(keys[3], number))
+        with jax.numpy_dtype_promotion("standard"):
+            updates, memory = descent.update(slopes, memory, mixture)
+            return (optax.apply_updates(mixture, updates), memory), None  # pyright: ignore[reportReturnType]
+
+    def chunk(state: tuple[Mixture, Any], number: Array) -> tuple[tuple[Mixture, Any], tuple[Mixture, Look]]:
+        seen = state[0], look_at(state[0], dictionary, test, probabilities, spec)
+        state, _ = jax.lax.scan(step, state, number * spec.chunk + jnp.arange(spec.chunk))
+        return state, seen
+
+    # The last look is behind the last step that counts: the steps after it are lost, and `look_at` is compiled once.
+    state = start, descent.init(start)  # pyright: ignore[reportArgumentType]
+    _, (mixtures, looks) = jax.lax.scan(chunk, state, jnp.arange(spec.chunks + 1))
+    return Trained(dictionary=dictionary, test=test, mixtures=mixtures, looks=looks)
+
+
+def learned(accuracy: Float[Array, "*batch levels"]) -> Bool[Array, "*batch"]:
+    """Whether every level is classified well."""
+    return jnp.all(accuracy >= LEARNED, axis=-1)
+
+
+@partial(jax.jit, static_argnames="spec")
+def train(keys: jax.Array, gammas: Float[Array, "gammas"], spec: TrainSpec) -> Trained:
+    """Trains a mixture for every frequency and seed; leaves `[gammas, seeds, ...]`.
+
+    Args:
+        keys: one for each seed; a seed has the same dictionary, tests and initial weights at every frequency.
+        gammas: probabilities of the rare pattern.
+        spec: everything else.
+    """
+    each = jax.vmap(lambda key, gamma: train_one(key, gamma, spec))
+    runs = each(jnp.tile(keys, len(gammas)), jnp.repeat(gammas, len(keys)))
+    return jax.tree.map(lambda leaf: leaf.reshape(len(gammas), len(keys), *leaf.shape[1:]), runs)
