@@ -18,7 +18,7 @@ from hetmoe.analog.random import matrix_normal, require_key
 from hetmoe.analog.spec import AnalogSpec
 from hetmoe.ops.crossbar_matmul.api import crossbar_matmul
 from theory.data import DataSpec
-from theory.model import Mixture, ModelSpec, expert_outputs, margins, route
+from theory.model import Mixture, ModelSpec, expert_outputs, margins, routing_weights
 from theory.train import Test
 
 # Right after programming no others are used.
@@ -42,11 +42,11 @@ def make_bench(
     """See `Bench`."""
     inputs, ids = dictionary, test.drawn.ids
     if data.token_noise:
-        inputs = test.tokens.reshape(-1, test.tokens.shape[-1])
+        inputs = test.tokens.inputs.reshape(-1, dictionary.shape[1])
         ids = jnp.arange(inputs.shape[0]).reshape(ids.shape)
+    weights = jax.vmap(lambda tokens: routing_weights(mixture.router, tokens, spec))(test.tokens)
     return Bench(
-        inputs=inputs, ids=ids, label=test.drawn.label, weights=route(mixture.router, test.tokens, spec),
-        clean=expert_outputs(mixture, inputs, spec),
+        inputs=inputs, ids=ids, label=test.drawn.label, weights=weights, clean=expert_outputs(mixture, inputs, spec),
     )  # fmt: skip
 
 
@@ -120,7 +120,7 @@ def mixed_accuracy(
     """Accuracy of every level over all chips, with some experts digital."""
 
     def of_chip(made: Array) -> Array:
-        made = jnp.where(digital[:, None], bench.clean, made)
+        made = jnp.where(digital[None, :, None], bench.clean, made)
         outputs = jnp.einsum("lbje,lbjeo->lbo", bench.weights, made[bench.ids])
         return jnp.mean(margins(outputs, bench.label) > 0, axis=1, dtype=jnp.float32)
 
@@ -129,6 +129,6 @@ def mixed_accuracy(
 
 def output_errors(bench: Bench, noisy: Float[Array, "chips inputs experts outputs"]) -> Float[Array, "experts"]:
     """Mean square change of a sequence's outputs when only this expert is noisy, over chips, levels and sequences."""
-    change = (noisy - bench.clean)[:, bench.ids]  # [chips, levels, count, sequence, experts, outputs]
+    change = (noisy - bench.clean[None])[:, bench.ids]  # [chips, levels, count, sequence, experts, outputs]
     moved = jnp.einsum("lbje,clbjeo->clbeo", bench.weights, change)
     return jnp.mean(jnp.sum(jnp.square(moved), axis=-1), axis=(0, 1, 2))

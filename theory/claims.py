@@ -119,15 +119,18 @@ class Claim:
 
     @property
     def conditions(self) -> list[str]:
-        """Under which it holds, where not under all: whole columns, and single cells of others."""
+        """Under which it holds, where not under all: whole columns, and single cells or exceptions."""
         if self.verdict != CONDITIONS:
             return []
         found = list[str]()
         for column in dict.fromkeys(f.column for f in self.findings):
             of_column = [f for f in self.findings if f.column == column]
             good = [f for f in of_column if self.met(f)]
-            if good and len(good) == len(of_column):
+            bad = [f for f in of_column if not self.met(f)]
+            if not bad:
                 found.append(column)
+            elif len(bad) < len(good):
+                found.append(f"{column} (not {', '.join(f.row for f in bad)})")
             elif good:
                 found.append(f"{column} ({', '.join(f.row for f in good)})")
         return found

@@ -7,13 +7,14 @@ irrelevant patterns, drawn independently.
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from hetmoe.analog.random import matrix_normal, matrix_uniform
 from hetmoe.errors import InputError
 
 
@@ -29,7 +30,7 @@ class DataSpec:
         zipf: exponent of the irrelevant patterns' frequencies, rank**-zipf; 0 = all alike.
         overlap: length of the random part that is added to every pattern before it is scaled to length 1; 0 =
             orthonormal. Two patterns then have an inner product of standard deviation about
-            `sqrt(2 / patterns) overlap / (1 + overlap**2)`.
+            `sqrt((2 overlap**2 + overlap**4) / patterns) / (1 + overlap**2)`.
         token_noise: length (root mean square) of the Gaussian noise of every token.
 
     Raises:
@@ -63,6 +64,13 @@ class DataSpec:
     def relevant(self) -> int:
         """Number of relevant patterns."""
         return self.classes * self.levels
+
+
+class Tokens(NamedTuple):
+    """Embedded sequences: different tokens with the place of each in the sequences, or (ids None) all tokens."""
+
+    inputs: Float[Array, "*inputs dim"]
+    ids: Int[Array, "*batch sequence"] | None
 
 
 class Sequences(NamedTuple):
@@ -108,24 +116,30 @@ def draw_sequences(key: jax.Array, spec: DataSpec, probabilities: Float[Array, "
         probabilities: of the levels.
         count: sequences.
     """
-    keys = jax.random.split(key, 4)
-    label = jax.random.randint(keys[0], (count,), 0, spec.classes)
-    level = jax.random.categorical(keys[1], jnp.log(probabilities), shape=(count,))
-    position = jax.random.randint(keys[2], (count,), 0, spec.sequence)
-    # By the inverse of the distribution function: one uniform draw for each token.
-    edges = jnp.asarray(np.cumsum(irrelevant_probabilities(spec))[:-1], jnp.float32)
-    others = jnp.searchsorted(edges, jax.random.uniform(keys[3], (count, spec.sequence)), side="right")
+    # All draws at once, by the inverses of distribution functions.
+    uniform = matrix_uniform(key, (count, spec.sequence + 3))
+    label = _by_inverse(uniform[:, 0], np.full(spec.classes, 1 / spec.classes))
+    level = _by_inverse(uniform[:, 1], probabilities)
+    position = _by_inverse(uniform[:, 2], np.full(spec.sequence, 1 / spec.sequence))
+    others = _by_inverse(uniform[:, 3:], irrelevant_probabilities(spec))
     here = jnp.arange(spec.sequence)[None, :] == position[:, None]
     ids = jnp.where(here, (label * spec.levels + level)[:, None], spec.relevant + others)
-    return Sequences(ids=ids.astype(jnp.int32), label=label, level=level)
+    return Sequences(ids=ids, label=label, level=level)
+
+
+def _by_inverse(uniform: Float[Array, "*draws"], probabilities: Any) -> Int[Array, "*draws"]:
+    """Numbers of these probabilities from uniform draws."""
+    edges = jnp.cumsum(jnp.asarray(probabilities, jnp.float32))[:-1]
+    beyond = uniform[..., None] >= edges.reshape((1,) * uniform.ndim + (-1,))
+    return jnp.sum(beyond, axis=-1, dtype=jnp.int32)
 
 
 def embed(
     key: jax.Array, dictionary: Float[Array, "patterns dim"], ids: Int[Array, "count sequence"], spec: DataSpec
-) -> Float[Array, "count sequence dim"]:
-    """Tokens: patterns, with noise if `token_noise` is not 0."""
-    tokens = dictionary[ids]
-    if spec.token_noise:
-        dim = dictionary.shape[1]
-        tokens = tokens + spec.token_noise / np.sqrt(dim) * jax.random.normal(key, tokens.shape, jnp.float32)
-    return tokens
+) -> Tokens:
+    """Tokens: patterns, each once for all sequences; or, if `token_noise` is not 0, every token with its own noise."""
+    if not spec.token_noise:
+        return Tokens(dictionary, ids)
+    count, dim = ids.size, dictionary.shape[1]
+    noise = matrix_normal(key, (count, dim)).reshape(*ids.shape, dim)
+    return Tokens(dictionary[ids] + spec.token_noise / np.sqrt(dim) * noise, None)

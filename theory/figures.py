@@ -5,6 +5,8 @@ from typing import Any
 
 import matplotlib.figure
 import numpy as np
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from hetmoe.report.style import COLOURS
 from theory.bounds import Case, over
@@ -25,15 +27,24 @@ def _figure(size: tuple[float, float], rows: int, columns: int, **options: Any) 
     return figure, panels
 
 
+def _plain(axes: Any) -> None:
+    """Numbers as they are on logarithmic axes."""
+    for axis in (axes.xaxis, axes.yaxis):
+        if axis.get_scale() == "log":
+            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(NullFormatter())
+
+
 def draw_claims(measured: Measured, claims: Sequence[Claim]) -> Any:
     """Growth, order, and tolerances by stopping rule."""
     figure, panels = _figure((15, 8.2), 2, 3)
     gammas = np.array(measured.plan.gammas)
     axes = panels[0, 0]
     steps = np.arange(measured.looks.along.shape[2]) * measured.plan.train.chunk
+    levels = measured.plan.train.data.levels
     for row, gamma in enumerate(gammas):
         norm = np.linalg.norm(measured.looks.along[row], axis=-2).max(axis=-2)  # [seeds, looks, relevant]
-        levels = measured.plan.train.data.levels
         rare = norm[..., levels - 1 :: levels].mean(axis=(0, -1))
         axes.plot(steps[1:], rare[1:], color=COLOURS[row % len(COLOURS)], label=f"rare, gamma {gamma:g}")
     frequent = np.linalg.norm(measured.looks.along[0], axis=-2).max(axis=-2)[..., ::levels].mean(axis=(0, -1))
@@ -62,6 +73,8 @@ def draw_claims(measured: Measured, claims: Sequence[Claim]) -> Any:
             )  # fmt: skip
         axes.set(xscale="log", yscale="log", xlabel="gamma", ylabel="tolerance c*", title=f"{stop}: {hardware.name}")
         axes.legend(fontsize=8, frameon=False)
+    for axes in panels.flat:
+        _plain(axes)
     figure.suptitle(
         f"{len(gammas)} frequencies x {measured.plan.seeds} seeds; tolerances: median and quartiles over seeds"
     )
@@ -117,15 +130,14 @@ def draw_settings(found: Mapping[str, Sequence[Claim]]) -> Any:
     for row, claims in enumerate(found.values()):
         for column, claim in enumerate(claims):
             colour = _VERDICT_COLOURS.get(claim.verdict, "#BBBBBB")
-            axes.add_patch(matplotlib.patches.Rectangle((column, row), 0.94, 0.9, color=colour))
+            axes.add_patch(Rectangle((column, row), 0.94, 0.9, color=colour))
     axes.set(xlim=(0, len(names)), ylim=(len(found), 0))
     axes.set_xticks(np.arange(len(names)) + 0.47, names, rotation=35, ha="right")
     axes.set_yticks(np.arange(len(found)) + 0.45, list(found))
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     handles = [
-        matplotlib.patches.Patch(color=colour, label=verdict)
-        for verdict, colour in (*_VERDICT_COLOURS.items(), ("undecided", "#BBBBBB"))
+        Patch(color=colour, label=verdict) for verdict, colour in (*_VERDICT_COLOURS.items(), ("undecided", "#BBBBBB"))
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
     return figure
@@ -144,6 +156,7 @@ def draw_bounds(cases: Sequence[Case]) -> Any:
     axes.set(xscale="log", xlabel="measured / bound (above 1 only within five standard errors)")
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
+    _plain(axes)
     return figure
 
 
@@ -181,6 +194,7 @@ def draw_reference(name: str, layers: Sequence[Layer]) -> Any:
         axes.plot(numbers, [layer.rounded[field] for layer in layers], marker="o", color=colour, label=label)
     axes.set(xlabel="layer", ylabel="share of tokens", title="routing, all experts rounded", ylim=(-0.05, 1.05))
     for panel in panels.flat:
+        _plain(panel)
         panel.set_xticks(numbers)
         panel.legend(fontsize=8, frameon=False)
     figure.suptitle(f"{name}: medians and 5 to 95 % of tokens and experts")

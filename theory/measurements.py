@@ -1,6 +1,7 @@
 """From one setting's runs to findings on every claim."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -22,8 +23,8 @@ def all_claims(measured: Measured) -> list[Claim]:
     ]  # fmt: skip
 
 
-def _flat(values: np.ndarray) -> np.ndarray:
-    return values.reshape(-1, *values.shape[2:])
+def _flat(values: Any) -> np.ndarray:
+    return np.asarray(values).reshape(-1, *values.shape[2:])
 
 
 def specialisation_claims(measured: Measured) -> list[Claim]:
@@ -34,12 +35,18 @@ def specialisation_claims(measured: Measured) -> list[Claim]:
         look = measured.look(stop)
         for row, gamma in enumerate(measured.plan.gammas):
             able = measured.learned[stop][row]
-            holder = holders(look.along[row], look.chosen[row], plan.model, plan.data.levels)[able]
-            where = {"row": f"gamma {gamma:g}", "column": stop, "excluded": int((~able).sum())}
+            holder = holders(np.asarray(look.along[row]), np.asarray(look.chosen[row]), plan.model, plan.data.levels)[
+                able
+            ]
+            row_name, excluded = f"gamma {gamma:g}", int((~able).sum())
             some = able.any()
-            held.append(Finding(**where, estimate=share(all_held(holder)) if some else None))
+            held.append(
+                Finding(
+                    row=row_name, column=stop, excluded=excluded, estimate=share(all_held(holder)) if some else None
+                )
+            )
             parts = share(held_apart(holder, plan.data.levels)) if some else None
-            apart.append(Finding(**where, estimate=parts))
+            apart.append(Finding(row=row_name, column=stop, excluded=excluded, estimate=parts))
     return [
         Claim(
             name="1a routers find the patterns",
@@ -73,7 +80,8 @@ def growth_claims(measured: Measured) -> list[Claim]:
         _mean_of(values.reshape(len(plan.gammas), plan.seeds, -1, levels), axis=2)
         for values in (own.measured, own.predicted, common.measured)
     )
-    margin = measured.looks.margin[:, :, first].astype(np.float64) - measured.looks.margin[:, :, 0]
+    margins_seen = np.asarray(measured.looks.margin, np.float64)
+    margin = margins_seen[:, :, first] - margins_seen[:, :, 0]
     ratios, slopes, margins = list[Finding](), list[Finding](), list[Finding]()
     for level in range(levels):
         pair = np.stack([grown[:, :, level], expected[:, :, level]], axis=-1)

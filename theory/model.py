@@ -17,6 +17,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from hetmoe.errors import InputError
+from theory.data import Tokens
 
 ROUTINGS = ("expert_choice", "token_choice")
 VOTES = ("expert", "neuron")
@@ -104,54 +105,72 @@ def init_mixture(key: jax.Array, spec: ModelSpec, std: float) -> Mixture:
     )
 
 
-def route(
-    router: Float[Array, "dim experts"], tokens: Float[Array, "*batch sequence dim"], spec: ModelSpec
-) -> Float[Array, "*batch sequence experts"]:
+def route(logits: Float[Array, "*batch sequence experts"], spec: ModelSpec) -> Float[Array, "*batch sequence experts"]:
     """The weight of every token in every expert; 0 where it is not chosen. Ties go to the lower index."""
-    logits = jnp.matmul(tokens, router, precision=jax.lax.Precision.HIGHEST)
     if spec.routing == "expert_choice":
-        chosen = _largest(jnp.swapaxes(logits, -1, -2), spec.taken)
-        chosen = jnp.swapaxes(chosen, -1, -2)
+        chosen = jnp.swapaxes(_largest(jnp.swapaxes(logits, -1, -2), spec.taken), -1, -2)
         return jax.nn.softmax(jnp.where(chosen, logits, -jnp.inf), axis=-2)
     return jnp.where(_largest(logits, spec.taken), jax.nn.softmax(logits, axis=-1), 0.0)
 
 
 def _largest(values: Float[Array, "*batch n"], count: int) -> Bool[Array, "*batch n"]:
-    """Marks the `count` largest of the last axis by counting what goes before each: no sort."""
-    first, second = values[..., :, None], values[..., None, :]
-    index = jnp.arange(values.shape[-1])
-    before = (second > first) | ((second == first) & (index[None, :] < index[:, None]))
-    return jnp.sum(before, axis=-1) < count
+    """Marks the `count` largest of the last axis one after the other: no sort, for a few of them."""
+    chosen = jnp.zeros(values.shape, bool)
+    for _ in range(count):
+        best = jnp.argmax(jnp.where(chosen, -jnp.inf, values), axis=-1)
+        chosen = chosen | jax.nn.one_hot(best, values.shape[-1], dtype=bool)
+    return chosen
 
 
-def matmul(x: Float[Array, "inputs K"], w: Float[Array, "K N"]) -> Float[Array, "inputs N"]:
-    """The digital product."""
-    return jnp.matmul(x, w, precision=jax.lax.Precision.HIGHEST)
+def routing_weights(
+    router: Float[Array, "dim experts"], tokens: Tokens, spec: ModelSpec
+) -> Float[Array, "*batch sequence experts"]:
+    """`route` of sequences."""
+    logits = jnp.matmul(tokens.inputs, router, precision=jax.lax.Precision.HIGHEST)
+    return route(lookup(logits, tokens.ids), spec)
+
+
+def lookup(values: Array, ids: Int[Array, "*batch sequence"] | None) -> Array:
+    """What belongs to every token, of what was calculated for every different one; as is if all are (ids None).
+
+    A product with one-hot rows, whose gradient is one too: XLA's scatter on CPU is slow.
+    """
+    if ids is None:
+        return values
+    rows = jax.nn.one_hot(ids.reshape(-1), values.shape[0], dtype=values.dtype)
+    found = jnp.matmul(rows, values.reshape(values.shape[0], -1), precision=jax.lax.Precision.HIGHEST)
+    return found.reshape(*ids.shape, *values.shape[1:])
 
 
 def expert_outputs(
-    mixture: Mixture, tokens: Float[Array, "inputs dim"], spec: ModelSpec, product: Product = matmul
+    mixture: Mixture, tokens: Float[Array, "inputs dim"], spec: ModelSpec, product: Product | None = None
 ) -> Float[Array, "inputs experts outputs"]:
     """What every expert makes of every input.
 
-    `product` is used for every matrix that is trained: fixed votes are signs, which are added digitally.
+    `product` is used for every matrix that is trained, expert by expert: fixed votes are signs, which are added
+    digitally. None: all products are digital.
     """
 
-    def one(gate: Array | None, up: Array, down: Array) -> Array:
-        hidden = product(tokens, up)
-        hidden = jax.nn.relu(hidden) if gate is None else jax.nn.silu(product(tokens, gate)) * hidden
-        return product(hidden, down) if spec.trained_output else matmul(hidden, down)
+    def times(x: Array, w: Array, product: Product | None) -> Array:
+        """Products of inputs `[inputs, K]`, or each expert's own `[inputs, experts, K]`, with every expert's matrix."""
+        own = x.ndim == 3
+        if product is None:
+            subscripts = "xek,ekn->xen" if own else "xk,ekn->xen"
+            return jnp.einsum(subscripts, x, w, precision=jax.lax.Precision.HIGHEST)
+        return jax.vmap(product, in_axes=(1 if own else None, 0), out_axes=1)(x, w)
 
-    return jax.vmap(one, out_axes=1)(mixture.gate, mixture.up, mixture.down)
+    up = times(tokens, mixture.up, product)
+    gate = None if mixture.gate is None else times(tokens, mixture.gate, product)
+    hidden = jax.nn.relu(up) if gate is None else jax.nn.silu(gate) * up
+    return times(hidden, mixture.down, product if spec.trained_output else None)
 
 
-def forward(
-    mixture: Mixture, tokens: Float[Array, "count sequence dim"], spec: ModelSpec
-) -> Float[Array, "count outputs"]:
+def forward(mixture: Mixture, tokens: Tokens, spec: ModelSpec) -> Float[Array, "*batch outputs"]:
     """Outputs of sequences, all digital."""
-    count, length, dim = tokens.shape
-    made = expert_outputs(mixture, tokens.reshape(-1, dim), spec).reshape(count, length, spec.experts, spec.outputs)
-    return jnp.einsum("bje,bjeo->bo", route(mixture.router, tokens, spec), made)
+    inputs = tokens.inputs
+    made = expert_outputs(mixture, inputs.reshape(-1, inputs.shape[-1]), spec)
+    made = lookup(made.reshape(*inputs.shape[:-1], *made.shape[1:]), tokens.ids)
+    return jnp.einsum("...je,...jeo->...o", routing_weights(mixture.router, tokens, spec), made)
 
 
 def margins(outputs: Float[Array, "*batch outputs"], label: Int[Array, "*batch"]) -> Float[Array, "*batch"]:

@@ -25,7 +25,10 @@ def print_claim(console: Console, claim: Claim) -> None:
         table.add_row(row, *(cells.get((row, column), "") for column in columns))
     console.print(table)
     conditions = f": {'; '.join(claim.conditions)}" if claim.conditions else ""
-    console.print(f"{claim.verdict}{conditions} (criterion: {claim.criterion.words}; + met, - refuted)\n")
+    console.print(
+        f"{claim.verdict}{conditions} (criterion: {claim.criterion.words}). Cells: value [95 % interval] mixtures, "
+        "+ met, - refuted\n"
+    )
 
 
 def _cell(claim: Claim, finding: Finding) -> str:
@@ -33,8 +36,8 @@ def _cell(claim: Claim, finding: Finding) -> str:
     if found is None:
         return "too few runs"
     sign = "+" if claim.met(finding) else "-" if claim.refuted(finding) else " "
-    missing = f", {finding.excluded} without" if finding.excluded else ""
-    return f"{found.value:.3g} [{found.low:.3g}, {found.high:.3g}] of {found.runs}{missing} {sign}"
+    runs = f"{found.runs}/{found.runs + finding.excluded}" if finding.excluded else str(found.runs)
+    return f"{found.value:.3g} [{found.low:.3g}, {found.high:.3g}] {runs} {sign}"
 
 
 def print_settings(console: Console, found: Mapping[str, Sequence[Claim]]) -> None:

@@ -33,7 +33,7 @@ def holders(
 
 def all_held(holder: Int[np.ndarray, "runs relevant"]) -> Bool[np.ndarray, "runs"]:
     """Whether every pattern has a holder."""
-    return (holder >= 0).all(axis=1)
+    return np.all(holder >= 0, axis=1)
 
 
 def held_apart(holder: Int[np.ndarray, "runs relevant"], levels: int) -> Bool[np.ndarray, "runs"]:

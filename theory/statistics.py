@@ -73,7 +73,7 @@ def by_seed(
 
 def known_runs(values: Float[np.ndarray, "gammas seeds *parts"]) -> Bool[np.ndarray, "gammas seeds"]:
     """Which runs have a value, in all its parts."""
-    return np.isfinite(values).reshape(*values.shape[:2], -1).all(axis=2)
+    return np.all(np.isfinite(values).reshape(*values.shape[:2], -1), axis=2)
 
 
 def ratio_of_means(values: Float[np.ndarray, "gammas seeds 2"]) -> float:

@@ -5,6 +5,7 @@ sequences, each level by itself, and what the claims about growth need.
 """
 
 import dataclasses
+from collections.abc import Hashable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -15,8 +16,8 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from hetmoe.errors import InputError
-from theory.data import DataSpec, Sequences, draw_sequences, embed, level_probabilities, make_dictionary
-from theory.model import Mixture, ModelSpec, forward, init_mixture, margins, route
+from theory.data import DataSpec, Sequences, Tokens, draw_sequences, embed, level_probabilities, make_dictionary
+from theory.model import Mixture, ModelSpec, forward, init_mixture, margins, routing_weights
 
 LEARNED = 0.99  # accuracy, on every level by itself
 # Margins up to which the loss is linear: the hinge loss exactly, the logistic one to a tenth of its slope at 0.
@@ -73,7 +74,7 @@ class TrainSpec:
 class Test(NamedTuple):
     """Fixed sequences, as many of each level."""
 
-    tokens: Float[Array, "levels count sequence dim"]
+    tokens: Tokens  # [levels, ...]
     drawn: Sequences  # [levels, count, ...]
 
 
@@ -127,7 +128,7 @@ def look_at(
     outputs = jax.vmap(lambda tokens: forward(mixture, tokens, spec.model))(test.tokens)
     margin = margins(outputs, test.drawn.label)
     of_level = jnp.mean(losses(outputs, test.drawn.label, spec.loss), axis=1)
-    weights = route(mixture.router, test.tokens, spec.model)  # [levels, count, sequence, experts]
+    weights = jax.vmap(lambda tokens: routing_weights(mixture.router, tokens, spec.model))(test.tokens)  # of all tokens
     is_relevant = jax.nn.one_hot(test.drawn.ids, spec.data.relevant)  # 0 for all others
     present = jnp.maximum(jnp.sum(is_relevant, axis=(0, 1, 2)), 1.0)
     of_pattern = partial(jnp.einsum, "lbje,lbjr->er", precision=jax.lax.Precision.HIGHEST)
@@ -137,8 +138,8 @@ def look_at(
         active=jnp.mean(margin < LINEAR[spec.loss], axis=1, dtype=jnp.float32),
         loss=jnp.sum(of_level * probabilities),
         along=jnp.einsum("edm,rd->emr", mixture.up, dictionary[: spec.data.relevant]),
-        weight=of_pattern(weights, is_relevant) / present,
-        chosen=of_pattern((weights > 0).astype(jnp.float32), is_relevant) / present,
+        weight=of_pattern(weights, is_relevant) / present[None],
+        chosen=of_pattern((weights > 0).astype(jnp.float32), is_relevant) / present[None],
     )
 
 
@@ -150,7 +151,7 @@ def optimiser(spec: TrainSpec) -> optax.GradientTransformation:
         up="experts",  # pyright: ignore[reportArgumentType]
         down="experts" if spec.model.trained_output else "fixed",  # pyright: ignore[reportArgumentType]
     )
-    rules = {
+    rules: dict[Hashable, optax.GradientTransformation] = {
         "router": optax.sgd(spec.router_rate), "experts": optax.sgd(spec.expert_rate), "fixed": optax.set_to_zero(),
     }  # fmt: skip
     return optax.partition(rules, kinds)
@@ -174,8 +175,8 @@ def train_one(key: jax.Array, gamma: Float[Array, ""], spec: TrainSpec) -> Train
         mixture, memory = state
         slopes = jax.grad(loss)(mixture, jax.random.fold_in(keys[3], number))
         with jax.numpy_dtype_promotion("standard"):
-            updates, memory = descent.update(slopes, memory, mixture)
-            return (optax.apply_updates(mixture, updates), memory), None  # pyright: ignore[reportReturnType]
+            updates, memory = descent.update(slopes, memory, mixture)  # pyright: ignore[reportArgumentType]
+            return (optax.apply_updates(mixture, updates), memory), None  # pyright: ignore[reportReturnType, reportArgumentType]
 
     def chunk(state: tuple[Mixture, Any], number: Array) -> tuple[tuple[Mixture, Any], tuple[Mixture, Look]]:
         seen = state[0], look_at(state[0], dictionary, test, probabilities, spec)

@@ -55,7 +55,9 @@ def relu_moments(mean: Array, std: Array) -> tuple[Array, Array]:
     positive = std > 0
     ratio = np.divide(mean, std, out=np.where(mean > 0, np.inf, -np.inf), where=positive)
     below, density = stats.norm.cdf(ratio), stats.norm.pdf(ratio)
-    return mean * below + std * density, (np.square(mean) + np.square(std)) * below + mean * std * density
+    first, second = mean * below + std * density, (np.square(mean) + np.square(std)) * below + mean * std * density
+    # Far below 0 both are differences of nearly equal numbers.
+    return np.maximum(first, 0.0), np.maximum(second, 0.0)
 
 
 @functools.cache

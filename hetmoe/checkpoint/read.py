@@ -180,22 +180,30 @@ def stored_matrices(
     """
     stored = files.view(piece.key)
     scales = files.view(piece.key + SUFFIX) if stored.dtype.itemsize == 1 else None
-
-    def one(matrix: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
-        if scale is not None:
-            assert storage.fp8_block is not None
-            matrix = dequantize(matrix, scale, storage.fp8_block, np.dtype(dtype))
-        return matrix if piece.rows is None else matrix[slice(*piece.rows)]
-
     if stored.ndim < 3:
-        yield None, one(stored, scales)
+        yield None, _stored_matrix(stored, scales, storage, piece, dtype)
         files.release(piece.key)
     else:
         for number in range(len(stored)) if experts is None else experts:
-            yield number, one(stored[number], None if scales is None else scales[number])
+            scale = None if scales is None else scales[number]
+            yield number, _stored_matrix(stored[number], scale, storage, piece, dtype)
             files.release(piece.key, number)
     if scales is not None:
         files.release(piece.key + SUFFIX)
+
+
+def _stored_matrix(
+    matrix: np.ndarray, scale: np.ndarray | None, storage: Storage, piece: Piece, dtype: Any
+) -> np.ndarray:
+    """The rows of a matrix that are the piece's, dequantised if it has scales.
+
+    Not a function within `stored_matrices`, which runs in threads: tests check types by decorating functions where they
+    are defined, under `warnings.catch_warnings`, and that is not safe in threads.
+    """
+    if scale is not None:
+        assert storage.fp8_block is not None
+        matrix = dequantize(matrix, scale, storage.fp8_block, np.dtype(dtype))
+    return matrix if piece.rows is None else matrix[slice(*piece.rows)]
 
 
 def copy_transposed(target: np.ndarray, source: np.ndarray) -> None:
