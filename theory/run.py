@@ -1,6 +1,7 @@
 """What the commands do: measure, print, and keep records and figures."""
 
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -47,7 +48,8 @@ def run(parts: Sequence[Part], quick: bool, seeds: int | None, seed: int, output
     """
     if output is not None:
         check_new_directory(output)
-    console, record = make_console(), dict[str, Any](format="hetmoe-theory-1", provenance=provenance(), quick=quick)
+    made_by = provenance() | {"command": ["python", "-m", "theory", *sys.argv[1:]]}
+    console, record = make_console(), dict[str, Any](format="hetmoe-theory-1", provenance=made_by, quick=quick)
     figures = dict[str, Callable[[], Any]]()
     for part in parts:
         started = time.perf_counter()
