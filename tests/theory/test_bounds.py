@@ -145,6 +145,21 @@ def test_exact_moments_of_gaussian_noise(kind: str) -> None:
     assert (exact <= bound).all()
 
 
+def test_a_neuron_that_stays_active_reaches_the_bound() -> None:
+    """`df = V^T dW^T x` then, whose second moment is exact; with a noisy last layer both parts add up."""
+    x, expert = np.array([[1.0, 2.0]]), TwoLayer(np.array([[5.0], [6.0]]), np.array([[2.0, -1.0]]))
+    none, small = Moments(np.zeros((2, 1)), np.zeros((2, 1))), Moments(np.zeros((2, 1)), np.array([[0.02], [0.03]]))
+    square = 0.02 * 1 + 0.03 * 4
+    last = Moments(np.zeros((1, 2)), np.array([[0.1, 0.2]]))
+    for up, down, wanted in (
+        (small, Moments(np.zeros((1, 2)), np.zeros((1, 2))), square * 5),
+        (none, last, 17**2 * 0.3), (small, last, square * 5 + (17**2 + square) * 0.3),
+    ):  # fmt: skip
+        found = two_layer_second_moment(x, expert, TwoLayerNoise(up, down)).rms[0]
+        assert 1 <= found / np.sqrt(wanted) < 1.03
+        np.testing.assert_allclose(two_layer_exact(x, expert, TwoLayerNoise(up, down)), np.sqrt(wanted), rtol=1e-9)
+
+
 def test_moments_of_relu() -> None:
     mean, std = np.array([-1.0, 0.0, 2.0, 3.0, -3.0]), np.array([1.0, 0.5, 0.1, 0.0, 0.0])
     first, second = relu_moments(mean, std)
