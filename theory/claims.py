@@ -1,4 +1,4 @@
-"""Claims: a statement, a criterion that was fixed before anything was measured, findings, and what follows."""
+"""Claims: a statement, a criterion, findings, and what follows."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""One setting: training over frequencies and seeds, and tolerances of both stopping rules on all devices."""
+"""One setting: training over frequencies and seeds, and tolerances at three times of stopping, on some hardware."""
 
 import dataclasses
 from collections.abc import Sequence
