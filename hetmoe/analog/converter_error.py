@@ -5,12 +5,12 @@ tile's output j is off by at most `d_j = sum_i e_i |w_ij|`. Its ADC of bound b a
 the output, which is at most `|y_j| + d_j`, exceeds b. Blocks add up.
 """
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from hetmoe.analog.converters import steps
 from hetmoe.analog.tiles import row_blocks
+from hetmoe.errors import InputError
 from hetmoe.ops.crossbar_matmul.base import CrossbarOptions
 
 SINGLE = 2.0**-24  # unit roundoff of float32, in which crossbars are simulated
@@ -18,7 +18,7 @@ SINGLE = 2.0**-24  # unit roundoff of float32, in which crossbars are simulated
 
 def converter_error_bound(
     x: Float[Array, "tokens K"],
-    w: Float[Array, "K N"],
+    w: Float[Array, "rows N"],
     *,
     input_range: Float[Array, "blocks"] | None,
     adc_bound: float,
@@ -32,13 +32,31 @@ def converter_error_bound(
         input_range: DAC range of every row-block; None = `max|x|` of each token and row-block.
         adc_bound: lambda.
         options: converters and tiles; one that is None is ideal.
+
+    Holds where steps are normal float32 numbers (of ranges above 1e-35).
+
+    Raises:
+        InputError: for shapes that do not fit, values that are not finite, or a lambda that is not positive.
     """
     wide, weights = np.asarray(x, np.float64), np.asarray(w, np.float64)
+    if wide.ndim != 2 or weights.ndim != 2 or wide.shape[1] != weights.shape[0]:
+        raise InputError(
+            f"x{list(wide.shape)} @ w{list(weights.shape)}: the last axis of x must equal the first of w[K, N]"
+        )
+    ranges = None if input_range is None else np.asarray(input_range, np.float64)
+    blocks = row_blocks(weights.shape[0], options.tile_rows)
+    if ranges is not None and ranges.shape != (len(blocks),):
+        raise InputError(f"input_range has shape {list(ranges.shape)}: one range per row-block is [{len(blocks)}]")
+    for name, values in (("x", wide), ("w", weights), ("input_range", ranges)):
+        if values is not None and not np.isfinite(values).all():
+            raise InputError(f"{name} has values that are not finite: nothing bounds what they become")
+    if not 0 < adc_bound < float("inf"):
+        raise InputError(f"adc_bound={adc_bound!r} must be positive and finite")
     total = np.zeros((wide.shape[0], weights.shape[1]))
-    for block, (start, size) in enumerate(row_blocks(weights.shape[0], options.tile_rows)):
+    for block, (start, size) in enumerate(blocks):
         part, tile = wide[:, start : start + size], weights[start : start + size]
         largest = np.abs(part).max(axis=1, keepdims=True)
-        reach = largest if input_range is None else np.full_like(largest, float(jnp.asarray(input_range)[block]))
+        reach = largest if ranges is None else np.full_like(largest, ranges[block])
         size_of = np.abs(tile)
         moved = np.zeros((len(part), tile.shape[1]))
         if options.dac_bits is not None:

@@ -62,7 +62,13 @@ def linear_tail(
 
 
 def noise_of(w: Float[Array, "K N"], spec: AnalogSpec) -> Moments:
-    """The exact moments of programming noise, float64."""
+    """The exact moments of programming noise, float64.
+
+    Raises:
+        InputError: for a spec with a time, at which they are not known in closed form.
+    """
+    if spec.time_s is not None:
+        raise InputError("moments are exact right after programming only: give a spec without time_s")
     found = jax.jit(programming_moments)(w, spec)
     return Moments(np.asarray(found.mean, np.float64), np.asarray(found.variance, np.float64))
 
@@ -72,10 +78,14 @@ def draw_slopes(w: Float[Array, "K N"], spec: AnalogSpec) -> Float64[np.ndarray,
 
     Of a differential pair the root of the sum of both devices' squared spreads before clipping; of other devices, which
     do not clip, the standard deviation.
+
+    Raises:
+        InputError: as `noise_of`.
     """
     device, target = spec.device, w.astype(jnp.float32)
+    moments = noise_of(w, spec)
     if not isinstance(device, DifferentialPair):
-        return np.sqrt(noise_of(w, spec).variance)
+        return np.sqrt(moments.variance)
     largest = group_range(target, device.scale_group, spec.options.tile_rows).largest
     g = relative(target, largest) * device.g_max_us
     spreads = (device.programming_std(jnp.maximum(part, 0.0)) for part in (g, -g))

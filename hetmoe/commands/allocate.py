@@ -22,7 +22,7 @@ from hetmoe.evaluate.provenance import provenance
 from hetmoe.evaluate.rules import SCORE_STREAM
 from hetmoe.files import check_new_directory, check_writable
 from hetmoe.hardware.description import Description, open_description
-from hetmoe.hardware.quantity import parse_quantity
+from hetmoe.hardware.quantity import convert, parse_quantity
 from hetmoe.hardware.routing_file import observe_routing
 from hetmoe.models.model import Model, model_fingerprint
 from hetmoe.placement.plan import Plan
@@ -213,12 +213,20 @@ def _quantity(option: str, said: str | None, unit: str, *, plain: bool = False) 
     if said is None:
         return None
     try:
-        value = parse_quantity(f"{said} {unit}" if plain and " " not in said.strip() else said, unit)
+        value = convert(float(said), unit, unit) if plain and _is_number(said) else parse_quantity(said, unit)
     except InputError as error:
         raise InputError(f"{option} {error}") from None
     if value < 0:
         raise InputError(f"{option} {said!r} must be at least 0")
     return value
+
+
+def _is_number(said: str) -> bool:
+    try:
+        float(said)
+    except ValueError:
+        return False
+    return True
 
 
 def _limit(budget: float | None, unit: str) -> str:

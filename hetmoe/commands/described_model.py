@@ -108,7 +108,8 @@ def plan_of(described: DescribedModel, chosen: PlacementOptions, *, uniform: boo
     """
     config, layout, path = described.config, described.layout, chosen.plan
     beside = Path(described.source) / BESIDE_MODEL
-    if (chosen.rule, chosen.fraction, chosen.placement, path) == (None,) * 4 and beside.is_file():
+    nothing_chosen = (chosen.rule, chosen.fraction, chosen.placement, path) == (None,) * 4
+    if nothing_chosen and described.source != "reference" and beside.is_file():  # which is no directory
         path = beside
     if path is not None:
         plan = read_plan(path, config, name=described.name, identity=described.identity, layout=layout)

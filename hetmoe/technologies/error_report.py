@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float64, Int
 
-from hetmoe.analog.noise_moments import programming_moments
+from hetmoe.analog.error_tail import noise_of
 from hetmoe.analog.programming import program_named
-from hetmoe.analog.second_moment import ExpertNoise, Moments, expert_second_moment, sum_second_moment
+from hetmoe.analog.second_moment import ExpertNoise, expert_second_moment, sum_second_moment
 from hetmoe.analog.spec import AnalogSpec
 from hetmoe.errors import InputError
 from hetmoe.models.model import Model
@@ -133,12 +133,7 @@ def _layer(
 
 
 def _noise(stacks: FeedForward, spec: AnalogSpec, layer: int, expert: int) -> ExpertNoise:
-    return ExpertNoise(**{name: _moments(getattr(stacks, name)[layer, expert], spec) for name in EXPERT_MATRICES})
-
-
-def _moments(w: Array, spec: AnalogSpec) -> Moments:
-    found = jax.jit(programming_moments)(w, spec)
-    return Moments(np.asarray(found.mean, np.float64), np.asarray(found.variance, np.float64))
+    return ExpertNoise(**{name: noise_of(getattr(stacks, name)[layer, expert], spec) for name in EXPERT_MATRICES})
 
 
 def _programmed(stacks: FeedForward, spec: AnalogSpec, key: jax.Array, layer: int, expert: int) -> Expert:
