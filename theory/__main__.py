@@ -14,6 +14,8 @@ app = typer.Typer(
     help="Checks the neuron-norm claims on synthetic training of two-layer mixtures of experts, and the error bounds.",
 )  # fmt: skip
 
+INTERRUPTED = 130  # what typer returns after Ctrl-C
+
 QUICK = Annotated[bool, typer.Option("--quick", help="Few seeds, frequencies and devices: under a minute.")]
 SEEDS = Annotated[int | None, typer.Option(help="Mixtures of each frequency; default 16 (settings: 8), quick 4.")]
 SEED = Annotated[int, typer.Option(help="Of everything that is drawn.")]
@@ -72,6 +74,12 @@ def main() -> None:
     except USAGE_ERRORS as error:
         print(f"theory: {' '.join(error.format_message().split())}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"theory: {where}{error.strerror or error}", file=sys.stderr)
+        sys.exit(1)
+    if code == INTERRUPTED:
+        print("theory: interrupted; parts that were done are written", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -66,9 +66,10 @@ def draw_claims(measured: Measured, claims: Sequence[Claim]) -> Any:
         for place, name in enumerate(PLACEMENTS):
             values = found[..., place]
             usable = np.where((values > 0) & np.isfinite(values), values, np.nan)
-            middle, low, high = (np.nanquantile(usable, q, axis=1) for q in (0.5, 0.25, 0.75))
+            some = np.isfinite(usable).any(axis=1)
+            middle, low, high = (np.nanquantile(usable[some], q, axis=1) for q in (0.5, 0.25, 0.75))
             axes.errorbar(
-                gammas * (1 + 0.03 * (place - 1)), middle, [middle - low, high - middle], marker="osv"[place],
+                gammas[some] * (1 + 0.03 * (place - 1)), middle, [middle - low, high - middle], marker="osv"[place],
                 color=COLOURS[place], label=name, capsize=2,
             )  # fmt: skip
         axes.set(xscale="log", yscale="log", xlabel="gamma", ylabel="tolerance c*", title=f"{stop}: {hardware.name}")

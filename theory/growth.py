@@ -18,7 +18,7 @@ from theory.model import fixed_votes
 from theory.specialisation import for_class
 from theory.train import TrainSpec
 
-LINEAR = 0.99  # share of sequences that must still be in the linear part of the loss
+STILL_LINEAR = 0.99  # share of sequences that must still be in the linear part of the loss
 
 
 def loss_slope(spec: TrainSpec) -> float:
@@ -47,7 +47,7 @@ class Growth:
 
 def linear_looks(active: Float[np.ndarray, "runs looks levels"]) -> Int[np.ndarray, "runs levels"]:
     """How many looks after the first each level remains in the linear part of the loss; at least 1."""
-    inside = active >= LINEAR
+    inside = active >= STILL_LINEAR
     last = np.where(inside.all(axis=1), inside.shape[1], inside.argmin(axis=1)) - 1
     return np.maximum(last, 1)
 

@@ -41,28 +41,27 @@ Part = Callable[[Console, bool, int | None, int], Result]
 
 
 def run(parts: Sequence[Part], quick: bool, seeds: int | None, seed: int, output: Path | None) -> None:
-    """Runs parts in turn; writes results.json and figures if there is an output.
+    """Runs parts in turn; writes results.json and figures behind each, if there is an output.
 
     Raises:
         InputError: for an output that exists, or values out of range.
     """
     if output is not None:
         check_new_directory(output)
+        make_directory(output)
     made_by = provenance() | {"command": ["python", "-m", "theory", *sys.argv[1:]]}
     console, record = make_console(), dict[str, Any](format="hetmoe-theory-1", provenance=made_by, quick=quick)
-    figures = dict[str, Callable[[], Any]]()
     for part in parts:
         started = time.perf_counter()
-        found, drawn = part(console, quick, seeds, seed)
+        found, figures = part(console, quick, seeds, seed)
         console.print(f"{time.perf_counter() - started:.0f} s\n", highlight=False)
         record |= found
-        figures |= drawn
+        if output is not None:
+            for name, draw in figures.items():
+                png, _ = with_settings(lambda draw=draw: to_files(draw()))
+                write_bytes(output / f"{name}.png", png)
+            write_json(output / "results.json", record)
     if output is not None:
-        make_directory(output)
-        for name, draw in figures.items():
-            png, _ = with_settings(lambda draw=draw: to_files(draw()))
-            write_bytes(output / f"{name}.png", png)
-        write_json(output / "results.json", record)
         console.print(f"figures and results: {output}")
 
 
