@@ -1,11 +1,11 @@
 """Experts on crossbars: hetmoe's devices program their matrices, and hetmoe's crossbar multiplies by them.
 
 Routers and fixed votes are digital, so what noise changes are the outputs of experts. Of tokens without noise there are
-only as many different ones as patterns: each is multiplied once, and sequences look their tokens up.
+only as many different ones as patterns: each is multiplied once, and sequences weigh patterns instead of tokens.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -27,27 +27,34 @@ Draws = Mapping[str, Mapping[Stream, Float[Array, "experts K N"]]]
 
 
 class Bench(NamedTuple):
-    """Test sequences of all levels and what a mixture makes of them without noise."""
+    """Test sequences of all levels and what a mixture makes of them without noise.
 
-    inputs: Float[Array, "inputs dim"]  # different tokens
-    ids: Int[Array, "levels count sequence"]  # which of them
+    Inputs are shared by all sequences, `[inputs]`, or each sequence has its own, `[levels, count, sequence]`.
+    """
+
+    inputs: Float[Array, "*inputs dim"]
     label: Int[Array, "levels count"]
-    weights: Float[Array, "levels count sequence experts"]
-    clean: Float[Array, "inputs experts outputs"]
+    weights: Float[Array, "levels count inputs experts"]  # of a sequence's inputs, in every expert
+    clean: Float[Array, "*inputs experts outputs"]
 
 
 def make_bench(
     mixture: Mixture, dictionary: Float[Array, "patterns dim"], test: Test, data: DataSpec, spec: ModelSpec
 ) -> Bench:
     """See `Bench`."""
-    inputs, ids = dictionary, test.drawn.ids
-    if data.token_noise:
-        inputs = test.tokens.inputs.reshape(-1, dictionary.shape[1])
-        ids = jnp.arange(inputs.shape[0]).reshape(ids.shape)
     weights = jax.vmap(lambda tokens: routing_weights(mixture.router, tokens, spec))(test.tokens)
-    return Bench(
-        inputs=inputs, ids=ids, label=test.drawn.label, weights=weights, clean=expert_outputs(mixture, inputs, spec),
-    )  # fmt: skip
+    inputs = test.tokens.inputs
+    if not data.token_noise:
+        inputs, places = dictionary, jax.nn.one_hot(test.drawn.ids, data.patterns)
+        weights = jnp.einsum("lbje,lbjp->lbpe", weights, places, precision=jax.lax.Precision.HIGHEST)
+    clean = _all_inputs(lambda flat: expert_outputs(mixture, flat, spec), inputs)
+    return Bench(inputs=inputs, label=test.drawn.label, weights=weights, clean=clean)
+
+
+def _all_inputs(made: Callable[[Array], Array], inputs: Float[Array, "*inputs dim"]) -> Array:
+    """Of a function that takes rows."""
+    rows = made(inputs.reshape(-1, inputs.shape[-1]))
+    return rows.reshape(*inputs.shape[:-1], *rows.shape[1:])
 
 
 def draw_chip(key: jax.Array, mixture: Mixture, spec: ModelSpec) -> Draws:
@@ -97,11 +104,11 @@ def program_mixture(mixture: Mixture, draws: Draws, spec: ModelSpec, analog: Ana
 def noisy_outputs(
     mixture: Mixture,
     draws: Draws,
-    inputs: Float[Array, "inputs dim"],
+    inputs: Float[Array, "*inputs dim"],
     spec: ModelSpec,
     analog: AnalogSpec,
     scale: Array,
-) -> Float[Array, "inputs experts outputs"]:
+) -> Float[Array, "*inputs experts outputs"]:
     """What experts on one chip make of the inputs, through its converters; DAC ranges are dynamic."""
     options = analog.options
 
@@ -111,24 +118,37 @@ def noisy_outputs(
             bound_axis=options.bound_axis, tile_rows=options.tile_rows,
         )  # fmt: skip
 
-    return expert_outputs(program_mixture(mixture, draws, spec, analog, scale), inputs, spec, product)
+    held = program_mixture(mixture, draws, spec, analog, scale)
+    return _all_inputs(lambda flat: expert_outputs(held, flat, spec, product), inputs)
+
+
+def expert_parts(
+    bench: Bench, made: Float[Array, "*inputs experts outputs"]
+) -> Float[Array, "levels count experts outputs"]:
+    """What every expert adds to the outputs of every sequence."""
+    inputs = "p" if bench.inputs.ndim == 2 else "lbp"
+    return jnp.einsum(f"lbpe,{inputs}eo->lbeo", bench.weights, made, precision=jax.lax.Precision.HIGHEST)
 
 
 def mixed_accuracy(
-    bench: Bench, noisy: Float[Array, "chips inputs experts outputs"], digital: Bool[Array, "experts"]
-) -> Float[Array, "levels"]:
-    """Accuracy of every level over all chips, with some experts digital."""
+    bench: Bench, noisy: Float[Array, "chips *inputs experts outputs"], digital: Bool[Array, "placements experts"]
+) -> Float[Array, "placements levels"]:
+    """Accuracy of every level over all chips, for every choice of digital experts."""
+    clean = expert_parts(bench, bench.clean)
 
     def of_chip(made: Array) -> Array:
-        made = jnp.where(digital[None, :, None], bench.clean, made)
-        outputs = jnp.einsum("lbje,lbjeo->lbo", bench.weights, made[bench.ids])
-        return jnp.mean(margins(outputs, bench.label) > 0, axis=1, dtype=jnp.float32)
+        parts = expert_parts(bench, made)
+
+        def of_placement(digital: Array) -> Array:
+            outputs = jnp.sum(jnp.where(digital[:, None], clean, parts), axis=2)
+            return jnp.mean(margins(outputs, bench.label) > 0, axis=1, dtype=jnp.float32)
+
+        return jax.vmap(of_placement)(digital)
 
     return jnp.mean(jax.vmap(of_chip)(noisy), axis=0)
 
 
-def output_errors(bench: Bench, noisy: Float[Array, "chips inputs experts outputs"]) -> Float[Array, "experts"]:
+def output_errors(bench: Bench, noisy: Float[Array, "chips *inputs experts outputs"]) -> Float[Array, "experts"]:
     """Mean square change of a sequence's outputs when only this expert is noisy, over chips, levels and sequences."""
-    change = (noisy - bench.clean[None])[:, bench.ids]  # [chips, levels, count, sequence, experts, outputs]
-    moved = jnp.einsum("lbje,clbjeo->clbeo", bench.weights, change)
+    moved = jax.vmap(lambda made: expert_parts(bench, made - bench.clean))(noisy)
     return jnp.mean(jnp.sum(jnp.square(moved), axis=-1), axis=(0, 1, 2))

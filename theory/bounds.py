@@ -6,6 +6,7 @@ exact: their ratio is 1 within the standard error of the chips.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,13 @@ from hetmoe.analog.programming import program_matrix
 from hetmoe.analog.second_moment import ExpertNoise, expert_second_moment, linear_second_moment
 from hetmoe.analog.spec import AnalogSpec, analog_spec
 from hetmoe.analog.two_layer import TwoLayer, TwoLayerNoise, two_layer, two_layer_second_moment
+from hetmoe.models.config import ModelConfig, Rope
 from hetmoe.ops.crossbar_matmul.api import crossbar_matmul
 from hetmoe.quantize.bounds.a_priori import half_steps
 from hetmoe.quantize.bounds.expert import Expert, activation_bound, activations, change_of
+from hetmoe.quantize.bounds.routing import choose
+from hetmoe.quantize.bounds.routing_change import router_norms
+from hetmoe.quantize.bounds.stability_margin import stability_margin
 from hetmoe.quantize.grid import Grid
 from hetmoe.quantize.packed import dequantize_packed, pack
 from hetmoe.quantize.rtn import round_to_nearest
@@ -232,6 +237,49 @@ def quantization_cases(seed: int) -> list[Case]:
     ]
 
 
+def router_of(experts: int, taken: int, hidden: int, **options: Any) -> ModelConfig:
+    """A model of which only the router matters."""
+    return ModelConfig(
+        family="olmoe", vocab_size=2, hidden_size=hidden, num_layers=1, max_position_embeddings=2, num_heads=1,
+        tie_embeddings=False, rms_norm_eps=1e-5, rope=Rope(theta=100.0), num_kv_heads=1, head_dim=2,
+        num_experts=experts, experts_per_token=taken, expert_intermediate_size=2, norm_topk_prob=False, **options,
+    )  # fmt: skip
+
+
+def routing_cases(seed: int) -> list[Case]:
+    """Margins of routing, over the smallest move that was found to change a token's experts.
+
+    Moves are looked for along the differences of a chosen and another expert's columns, which is the shortest way for
+    two logits to meet.
+    """
+    rng = np.random.default_rng(seed)
+    experts, hidden = int(rng.choice([4, 9])), int(rng.choice(SIZES[1:]))
+    taken, found = int(rng.integers(1, experts)), list[Case]()
+    router, gain = rng.normal(size=(hidden, experts)), np.exp(0.3 * rng.normal(size=hidden))
+    x = rng.normal(size=(TOKENS, hidden))
+    seen, norms = gain[:, None] * router, router_norms(gain, router)
+    options = {"softmax": {}, "sigmoid with a bias": {"router_score": "sigmoid", "selection_bias": True}}
+    for name, option in options.items():
+        config = router_of(experts, taken, hidden, **option)
+        bias = 0.1 * rng.normal(size=experts) if option else None
+        before = choose(x @ seen, bias, config)
+        nearest = np.full(TOKENS, np.inf)
+        for token, state in enumerate(x):
+            others = np.setdiff1d(np.arange(experts), before.chosen[token])
+            ways = seen[:, others].T[:, None] - seen[:, before.chosen[token]].T[None]
+            ways = ways.reshape(-1, hidden) / np.linalg.norm(ways.reshape(-1, hidden), axis=1, keepdims=True)
+            low, high = np.zeros(len(ways)), np.full(len(ways), 1e3)
+            alone = choose(np.repeat(state[None] @ seen, len(ways), axis=0), bias, config)
+            for _ in range(60):
+                middle = (low + high) / 2
+                changed = alone.differs(choose((state + middle[:, None] * ways) @ seen, bias, config))
+                low, high = np.where(changed, low, middle), np.where(changed, middle, high)
+            nearest[token] = high.min()
+        margin = stability_margin(before, norms, bias, config)
+        found.append(Case(bound=f"routing, {name}", device="none", ratios=over(margin, nearest), error=NO_ERROR))
+    return found
+
+
 def search(cases: int, chips: int, devices: tuple[str, ...] = tuple(DEVICES), *, seed: int = 0) -> list[Case]:
     """Random cases of every bound, `cases` for every device."""
     found = list[Case]()
@@ -239,5 +287,5 @@ def search(cases: int, chips: int, devices: tuple[str, ...] = tuple(DEVICES), *,
         first = 1000 * (cases * seed + number)
         for index, device in enumerate(devices):
             found += linear_cases(first + index, device, chips) + expert_cases(first + index, device, chips)
-        found += converter_cases(first) + quantization_cases(first)
+        found += converter_cases(first) + quantization_cases(first) + routing_cases(first)
     return found

@@ -18,8 +18,8 @@ LEVELS = ("frequent", "rare", "rarest")
 def all_claims(measured: Measured) -> list[Claim]:
     """Every claim with its findings in this setting."""
     return [
-        *specialisation_claims(measured), *growth_claims(measured), order_claim(measured), sensitivity_claim(measured),
-        *tolerance_claims(measured),
+        *specialisation_claims(measured), *growth_claims(measured), order_claim(measured), remainder_claim(measured),
+        sensitivity_claim(measured), *tolerance_claims(measured),
     ]  # fmt: skip
 
 
@@ -127,6 +127,22 @@ def order_claim(measured: Measured) -> Claim:
         name="2d score orders by frequency",
         statement="MaxNNScore orders a mixture's experts by the frequency of the relevant tokens that they serve.",
         measured="Spearman correlation over experts, mean over mixtures", criterion=above(0.5), findings=findings,
+    )  # fmt: skip
+
+
+def remainder_claim(measured: Measured) -> Claim:
+    """Step 4's premise: what is left to be noisy is small."""
+    plan, findings = measured.plan, list[Finding]()
+    slope = slope_on(np.log(measured.frequencies[:, -1]), min(3, plan.seeds))
+    for stop in STOPS:
+        largest_left = np.sort(measured.scores[stop], axis=-1)[..., -1 - plan.digital]
+        left = np.where(measured.learned[stop], _log(largest_left), np.nan)
+        findings.append(_finding("all gammas", stop, left, slope))
+    return Claim(
+        name="2e what stays analog is small",
+        statement="With the experts of the highest scores digital, the largest score that is left is of order gamma: "
+        "the slope of its logarithm on log gamma is at least 1 (for step 4).",
+        measured="slope of log score on log frequency", criterion=at_least(1.0), findings=findings,
     )  # fmt: skip
 
 

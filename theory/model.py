@@ -16,6 +16,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from hetmoe.analog.random import matrix_normal
 from hetmoe.errors import InputError
 from theory.data import Tokens
 
@@ -96,11 +97,15 @@ def fixed_votes(spec: ModelSpec) -> Float[np.ndarray, "experts neurons outputs"]
 def init_mixture(key: jax.Array, spec: ModelSpec, std: float) -> Mixture:
     """Gaussian routers, gates and first layers of this standard deviation; the second layer is `fixed_votes`."""
     keys = jax.random.split(key, 3)
-    shape = (spec.experts, spec.dim, spec.neurons)
+
+    def drawn(key: jax.Array) -> Array:
+        flat = matrix_normal(key, (spec.experts * spec.dim, spec.neurons))
+        return std * flat.reshape(spec.experts, spec.dim, spec.neurons)
+
     return Mixture(
-        router=std * jax.random.normal(keys[0], (spec.dim, spec.experts), jnp.float32),
-        gate=std * jax.random.normal(keys[1], shape, jnp.float32) if spec.gated else None,
-        up=std * jax.random.normal(keys[2], shape, jnp.float32),
+        router=std * matrix_normal(keys[0], (spec.dim, spec.experts)),
+        gate=drawn(keys[1]) if spec.gated else None,
+        up=drawn(keys[2]),
         down=jnp.asarray(fixed_votes(spec)),
     )
 

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from theory.bounds import Case
 from theory.claims import CONDITIONS, FAILS, HOLDS, UNDECIDED, Claim, Finding
+from theory.experiment import PLACEMENTS, STOPS, Hardware, Measured
 
 SIGNS = {HOLDS: "holds", CONDITIONS: "partly", FAILS: "no", UNDECIDED: "?"}
 
@@ -38,6 +39,64 @@ def _cell(claim: Claim, finding: Finding) -> str:
     sign = "+" if claim.met(finding) else "-" if claim.refuted(finding) else " "
     runs = f"{found.runs}/{found.runs + finding.excluded}" if finding.excluded else str(found.runs)
     return f"{found.value:.3g} [{found.low:.3g}, {found.high:.3g}] {runs} {sign}"
+
+
+def print_tolerances(console: Console, measured: Measured) -> None:
+    """Medians of c* over the mixtures that have learned, of every hardware, stopping rule and frequency."""
+    for stop in STOPS:
+        table = Table(
+            title=f"tolerances c*, {stop}: medians over learned mixtures, {', '.join(PLACEMENTS)}",
+            title_justify="left", title_style="bold",
+        )  # fmt: skip
+        for heading in ("hardware", *(f"gamma {gamma:g}" for gamma in measured.plan.gammas)):
+            table.add_column(heading, justify="left" if heading == "hardware" else "right")
+        for hardware in measured.plan.hardware:
+            rows = tolerance_rows(measured, stop, hardware)
+            cells = [" ".join(_scale(part["median"]) for part in row["placements"].values()) for row in rows]
+            table.add_row(hardware.name, *cells)
+        console.print(table)
+    console.print("0: wrong without noise, -: more than half bear every scale\n", highlight=False)
+
+
+def _scale(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2g}"
+
+
+def tolerance_rows(measured: Measured, stop: str, hardware: Hardware) -> list[dict[str, Any]]:
+    """One row for each frequency, of plain values: tolerances of all placements.
+
+    A mixture that bears every scale has the tolerance None, and so has a median of such.
+    """
+    found = list[dict[str, Any]]()
+    for gamma, learned, scales in zip(
+        measured.plan.gammas, measured.learned[stop], measured.tolerances[stop, hardware], strict=True
+    ):
+        placements = dict[str, Any]()
+        for place, name in enumerate(PLACEMENTS):
+            values = scales[learned, place]
+            median = float(np.median(values)) if values.size else np.inf
+            placements[name] = {
+                "median": _rounded(median), "fail_without_noise": int((values == 0).sum()),
+                "bear_every_scale": int(np.isinf(values).sum()), "seeds": [_rounded(v) for v in values],
+            }  # fmt: skip
+        found.append(
+            {"gamma": gamma, "learned": np.flatnonzero(learned).tolist(), "placements": placements},
+        )
+    return found
+
+
+def _rounded(value: float) -> float | None:
+    """To four digits: c* is known to 1 %."""
+    return float(f"{value:.4g}") if np.isfinite(value) else None
+
+
+def tolerance_record(measured: Measured) -> list[dict[str, Any]]:
+    """Of every hardware and stopping rule."""
+    return [
+        {"hardware": hardware.name, "stop": stop, "frequencies": tolerance_rows(measured, stop, hardware)}
+        for hardware in measured.plan.hardware
+        for stop in STOPS
+    ]
 
 
 def print_settings(console: Console, found: Mapping[str, Sequence[Claim]]) -> None:

@@ -27,6 +27,8 @@ from theory.report import (
     print_claim,
     print_reference,
     print_settings,
+    print_tolerances,
+    tolerance_record,
 )
 from theory.settings import BASE, SETTINGS
 from theory.train import TrainSpec
@@ -85,7 +87,11 @@ def claims_part(console: Console, quick: bool, seeds: int | None, seed: int) -> 
     found = all_claims(measured)
     for claim in found:
         print_claim(console, claim)
-    record = {"claims": [claim_record(claim) for claim in found], "gammas": plan.gammas, "seeds": plan.seeds}
+    print_tolerances(console, measured)
+    record = {
+        "claims": [claim_record(claim) for claim in found], "tolerances": tolerance_record(measured),
+        "gammas": plan.gammas, "seeds": plan.seeds,
+    }  # fmt: skip
     return record, {"claims": lambda: draw_claims(measured, found), "devices": lambda: draw_devices(found)}
 
 

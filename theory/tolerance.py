@@ -40,15 +40,16 @@ def tolerance_of(
         noisy = jax.vmap(lambda drawn: noisy_outputs(mixture, drawn, bench.inputs, spec, analog, scale))(draws)
         return ~learned(mixed_accuracy(bench, noisy, digital))
 
-    def of_placement(digital: Array) -> Array:
-        scales = jnp.asarray(np.concatenate([[0.0], SCALES]), jnp.float32)
-        failed = jax.lax.map(lambda scale: fails(scale, digital), scales)
+    scales = jnp.asarray(np.concatenate([[0.0], SCALES]), jnp.float32)
+    failed = jax.lax.map(lambda scale: fails(scale, digital), scales)  # [scales, placements]
+
+    def between(failed: Array, digital: Array) -> Array:
         first = jnp.argmax(failed)
 
         def halve(ends: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
             low, high = ends
             middle = jnp.sqrt(low * high)
-            bad = fails(middle, digital)
+            bad = fails(middle, digital[None])[0]
             return (jnp.where(bad, low, middle), jnp.where(bad, middle, high)), None
 
         # The scale before the first is 0: half of the first stands for it.
@@ -57,7 +58,7 @@ def tolerance_of(
         found = jnp.where(first == 0, 0.0, jnp.sqrt(low * high))
         return jnp.where(jnp.any(failed), found, jnp.inf)
 
-    return jax.lax.map(of_placement, digital)
+    return jax.lax.map(lambda each: between(*each), (failed.T, digital))
 
 
 @partial(jax.jit, static_argnames="spec")

@@ -1,5 +1,7 @@
 """Mixtures on crossbars are what hetmoe programs and multiplies; tolerances against a search of all scales."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +22,7 @@ from theory.analog import (
     program_mixture,
 )
 from theory.data import DataSpec
-from theory.model import ModelSpec, expert_outputs, forward, margins
+from theory.model import ModelSpec, expert_outputs, forward, margins, routing_weights
 from theory.tolerance import HALVINGS, SCALES, highest, sensitivities, tolerances
 from theory.train import TrainSpec, make_test
 
@@ -62,6 +64,17 @@ def test_products_pass_the_converters() -> None:
         np.testing.assert_allclose(found[:, expert], wanted, rtol=1e-5, atol=1e-6)
 
 
+def token_weights(test: Any) -> np.ndarray:
+    """`[levels, count, sequence, experts]`."""
+    router = mixture_of(SPEC).router
+    return np.asarray(jax.vmap(lambda tokens: routing_weights(router, tokens, SPEC))(test.tokens))
+
+
+def of_tokens(made: np.ndarray, test: Any) -> np.ndarray:
+    """What experts made of all tokens, `[levels, count, sequence, ...]`, looked up if it is of patterns."""
+    return made if test.tokens.ids is None else made[np.asarray(test.drawn.ids)]
+
+
 @pytest.mark.parametrize("data", [DATA, DataSpec(patterns=6, sequence=4, levels=1, token_noise=0.2)])
 def test_a_bench_is_the_model(data: DataSpec) -> None:
     """Without noise, and with a noisy expert whose outputs are put in by hand."""
@@ -71,26 +84,28 @@ def test_a_bench_is_the_model(data: DataSpec) -> None:
     outputs = jax.vmap(lambda tokens: forward(mixture, tokens, SPEC))(test.tokens)
     clean = np.mean(np.asarray(margins(outputs, test.drawn.label)) > 0, axis=1)
     nothing, everything = jnp.zeros(4, bool), jnp.ones(4, bool)
-    np.testing.assert_allclose(mixed_accuracy(bench, bench.clean[None], nothing), clean)
+    np.testing.assert_allclose(mixed_accuracy(bench, bench.clean[None], nothing[None])[0], clean)
     noisy = bench.clean[None] + jnp.asarray(np.random.default_rng(1).normal(size=(3, *bench.clean.shape)), jnp.float32)
-    np.testing.assert_allclose(mixed_accuracy(bench, noisy, everything), clean)
+    np.testing.assert_allclose(mixed_accuracy(bench, noisy, everything[None])[0], clean)
     one = jnp.asarray([True, True, False, True])
     wanted = []
     for made in np.asarray(noisy):
         mixed = np.asarray(bench.clean).copy()
-        mixed[:, 2] = made[:, 2]
-        out = np.einsum("lbje,lbje->lb", np.asarray(bench.weights), mixed[np.asarray(bench.ids)][..., 0])
+        mixed[..., 2, :] = made[..., 2, :]
+        out = np.einsum("lbje,lbje->lb", token_weights(test), of_tokens(mixed, test)[..., 0])
         wanted.append(((out * (2 * np.asarray(bench.label) - 1)) > 0).mean(axis=1))
-    np.testing.assert_allclose(mixed_accuracy(bench, noisy, one), np.mean(wanted, axis=0), rtol=1e-6)
+    both = jnp.stack([nothing, one])
+    np.testing.assert_allclose(mixed_accuracy(bench, noisy, both)[1], np.mean(wanted, axis=0), rtol=1e-6)
 
 
 def test_errors_of_single_experts() -> None:
-    bench, _ = bench_of()
+    bench, dictionary = bench_of()
+    test = make_test(KEY, dictionary, TrainSpec(data=DATA, model=SPEC, tests=25))
     noisy = bench.clean[None] + jnp.asarray(np.random.default_rng(1).normal(size=(3, *bench.clean.shape)), jnp.float32)
-    found, weights, ids = output_errors(bench, noisy), np.asarray(bench.weights), np.asarray(bench.ids)
+    found = output_errors(bench, noisy)
     for expert in range(4):
-        off = (np.asarray(noisy) - np.asarray(bench.clean))[:, ids, expert, 0]  # [chips, levels, count, sequence]
-        wanted = np.square((weights[..., expert] * off).sum(axis=-1)).mean()
+        off = np.stack([of_tokens(made - np.asarray(bench.clean), test)[..., expert, 0] for made in np.asarray(noisy)])
+        wanted = np.square((token_weights(test)[..., expert] * off).sum(axis=-1)).mean()
         np.testing.assert_allclose(found[expert], wanted, rtol=1e-5)
     analog = analog_spec("additive", noise_scale=0.3, dac_bits=None, adc_bits=None)
     mixture, chips = mixture_of(SPEC), jax.random.split(KEY, 3)
@@ -110,7 +125,7 @@ def fitted(seed: int) -> tuple[Bench, object]:
     bench, _ = bench_of()
     mixture = mixture_of(SPEC, seed)
     clean = expert_outputs(mixture, bench.inputs, SPEC)
-    out = jnp.einsum("lbje,lbjeo->lbo", bench.weights, clean[bench.ids])
+    out = jnp.einsum("lbpe,peo->lbo", bench.weights, clean)
     return bench._replace(clean=clean, label=(out[..., 0] > 0).astype(bench.label.dtype)), mixture
 
 
@@ -129,7 +144,7 @@ def test_tolerance_is_the_first_scale_that_fails(device: str) -> None:
         made = jax.vmap(
             lambda chip: noisy_outputs(mixture, draw_chip(chip, mixture, SPEC), bench.inputs, SPEC, analog, scale)
         )(chips)
-        return mixed_accuracy(bench, made, where).min()
+        return mixed_accuracy(bench, made, where[None]).min()
 
     width = 2 ** (0.5 / 2**HALVINGS)
     for run, (bench, mixture) in enumerate(runs):

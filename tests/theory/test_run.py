@@ -38,10 +38,12 @@ def test_the_expected_growth_is_a_theorem(results: dict[str, Any]) -> None:
 
 
 def test_bounds_hold(results: dict[str, Any]) -> None:
-    assert len(results["bounds"]) == 10
+    assert len(results["bounds"]) == 12
     assert all(row["violations"] == 0 for row in results["bounds"])
     exact = [row for row in results["bounds"] if "second moment" in row["bound"] or "Gaussian" in row["bound"]]
     assert len(exact) == 3 and all(0.9 < row["median"] < 1.1 for row in exact)
+    by_logits = next(row for row in results["bounds"] if row["bound"] == "routing, softmax")
+    assert by_logits["smallest"] > 1 - 1e-6  # the distance itself
     errors = results["reference"]["errors"]
     assert {row["layer"] for row in errors} == {0, 1, 2, 3} and len(errors) == 4 * 5
     for row in errors:
@@ -52,7 +54,7 @@ def test_bounds_hold(results: dict[str, Any]) -> None:
 
 def test_every_claim_has_a_verdict(results: dict[str, Any]) -> None:
     names = [c["claim"].split(" ")[0] for c in results["claims"]]
-    assert names == ["1a", "1b", "2a", "2b", "2c", "2d", "3", "4a", "4b", "4c", "4d"]
+    assert names == ["1a", "1b", "2a", "2b", "2c", "2d", "2e", "3", "4a", "4b", "4c", "4d"]
     words = ("holds", "holds with conditions", "does not hold here", "undecided: intervals too wide")
     assert all(c["verdict"] in words and c["statement"] and c["criterion"] and c["findings"] for c in results["claims"])
     slope = claim(results, "2b")["findings"][0]
@@ -64,6 +66,25 @@ def test_every_claim_has_a_verdict(results: dict[str, Any]) -> None:
         for stop in ("early", "together", "saturated")
     }
     assert results["provenance"]["versions"]["jax"]
+
+
+def test_gains_are_those_of_the_recorded_tolerances(results: dict[str, Any]) -> None:
+    """Claims 4a and 4b, calculated again from what was recorded of every seed."""
+    assert len(results["tolerances"]) == 2 * 3
+    for record in results["tolerances"]:
+        gains, per_gamma = list[float](), list[float]()
+        for row in record["frequencies"]:
+            analog, high, _ = (part["seeds"] for part in row["placements"].values())
+            assert len(analog) == len(row["learned"]) > 0
+            both = [(a, h) for a, h in zip(analog, high, strict=True) if a and h]  # neither 0 nor endless
+            gains += [np.log(h / a) for a, h in both]
+            per_gamma.append(np.mean([np.log(a) for a in analog if a]))
+        where = {"row": record["hardware"], "column": record["stop"]}
+        gain, slope = (
+            next(f for f in claim(results, name)["findings"] if f.items() >= where.items()) for name in ("4b", "4a")
+        )
+        np.testing.assert_allclose(gain["value"], np.exp(np.mean(gains)), rtol=2e-3)  # of four digits each
+        np.testing.assert_allclose(slope["value"], np.polyfit(np.log(results["gammas"]), per_gamma, 1)[0], atol=2e-3)
 
 
 def test_when_training_stops() -> None:
