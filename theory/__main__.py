@@ -19,49 +19,68 @@ INTERRUPTED = 130  # what typer returns after Ctrl-C
 QUICK = Annotated[bool, typer.Option("--quick", help="Few seeds, frequencies and devices: under a minute.")]
 SEEDS = Annotated[int | None, typer.Option(help="Mixtures of each frequency; default 16 (settings: 8), quick 4.")]
 SEED = Annotated[int, typer.Option(help="Of everything that is drawn.")]
+DIGITAL = Annotated[
+    int | None, typer.Option(help="Experts of the highest scores that are digital; default half of them.")
+]
 OUTPUT = Annotated[
     Path | None, typer.Option("--output", "-o", help="Directory for figures and results.json; must be new.")
 ]
 
 
-def _run(names: list[str], quick: bool, seeds: int | None, seed: int, output: Path | None) -> None:
-    from theory.run import PARTS, run
+def _run(
+    names: list[str], output: Path | None, *, quick: bool, seed: int, seeds: int | None = None,
+    digital: int | None = None,
+) -> None:  # fmt: skip
+    from theory.run import PARTS, Options, run
+    from theory.settings import BASE
 
     if seeds is not None and seeds < 2:
         raise InputError(f"--seeds {seeds} must be at least 2")
     if seed < 0:
         raise InputError(f"--seed {seed} must be at least 0")
-    run([PARTS[name] for name in names or PARTS], quick, seeds, seed, output)
+    # Of the settings none has fewer experts than the analysed one.
+    most = BASE.model.experts - 1
+    if digital is not None and not 0 < digital <= most:
+        raise InputError(f"--digital {digital} must be from 1 to {most}")
+    options = Options(quick=quick, seeds=seeds, seed=seed, digital=digital)
+    run([PARTS[name] for name in names], options, output)
 
 
 @app.command()
-def claims(quick: QUICK = False, seeds: SEEDS = None, seed: SEED = 0, output: OUTPUT = None) -> None:
+def claims(
+    quick: QUICK = False, seeds: SEEDS = None, seed: SEED = 0, digital: DIGITAL = None, output: OUTPUT = None
+) -> None:
     """Specialisation, growth, order and tolerances, in the analysed setting on all devices."""
-    _run(["claims"], quick, seeds, seed, output)
+    _run(["claims"], output, quick=quick, seeds=seeds, seed=seed, digital=digital)
 
 
 @app.command()
-def settings(quick: QUICK = False, seeds: SEEDS = None, seed: SEED = 0, output: OUTPUT = None) -> None:
+def settings(
+    quick: QUICK = False, seeds: SEEDS = None, seed: SEED = 0, digital: DIGITAL = None, output: OUTPUT = None
+) -> None:
     """The same claims where one thing about the analysed setting is changed."""
-    _run(["settings"], quick, seeds, seed, output)
+    _run(["settings"], output, quick=quick, seeds=seeds, seed=seed, digital=digital)
 
 
 @app.command()
 def bounds(quick: QUICK = False, seed: SEED = 0, output: OUTPUT = None) -> None:
     """Error bounds against simulated chips, on random experts."""
-    _run(["bounds"], quick, None, seed, output)
+    _run(["bounds"], output, quick=quick, seed=seed)
 
 
 @app.command()
 def reference(quick: QUICK = False, seed: SEED = 0, output: OUTPUT = None) -> None:
     """The same bounds on the embedded model's experts and inputs, layer by layer."""
-    _run(["reference"], quick, None, seed, output)
+    _run(["reference"], output, quick=quick, seed=seed)
 
 
 @app.command(name="all", epilog="Example: python -m theory all -o build/theory")
-def everything(quick: QUICK = False, seeds: SEEDS = None, seed: SEED = 0, output: OUTPUT = None) -> None:
+def everything(
+    quick: QUICK = False, seeds: SEEDS = None, seed: SEED = 0, digital: DIGITAL = None, output: OUTPUT = None
+) -> None:
     """All of these."""
-    _run([], quick, seeds, seed, output)
+    names = ["claims", "settings", "bounds", "reference"]
+    _run(names, output, quick=quick, seeds=seeds, seed=seed, digital=digital)
 
 
 def main() -> None:

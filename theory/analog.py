@@ -22,7 +22,7 @@ from theory.model import Mixture, ModelSpec, expert_outputs, margins, routing_we
 from theory.train import Test
 
 # Right after programming no others are used.
-_STREAMS = (Stream.PROGRAM_PLUS, Stream.PROGRAM_MINUS, Stream.DRIFT_PLUS)
+_STREAMS = (Stream.PROGRAM_PLUS, Stream.PROGRAM_MINUS)
 Draws = Mapping[str, Mapping[Stream, Float[Array, "experts K N"]]]
 
 

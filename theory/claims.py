@@ -6,62 +6,34 @@ from collections.abc import Sequence
 from theory.statistics import Estimate
 
 HOLDS, CONDITIONS, FAILS = "holds", "holds with conditions", "does not hold here"
-UNDECIDED = "undecided: intervals too wide"
+UNDECIDED, NOT_DERIVED = "undecided: intervals too wide", "not derived for this setting"
+BY_CHANCE = 0.05  # share of cells that may meet a criterion by chance, at intervals of 95 %
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Criterion:
-    """When an interval bears a claim out: within limits, or only reaching into them.
+    """Limits that an interval must lie within.
 
     Attributes:
         low: the interval's lower end must be above it.
-        reach: its upper end must not be below it.
         high: its upper end must be below it.
-        refuted_below: an upper end below it refutes the claim.
-        words: for readers.
     """
 
     low: float
-    reach: float
-    high: float
-    refuted_below: float
-    words: str
+    high: float = float("inf")
+
+    @property
+    def words(self) -> str:
+        """For readers."""
+        return f"interval above {self.low:g}" + (f" and below {self.high:g}" if self.high < float("inf") else "")
 
     def met(self, found: Estimate) -> bool:
         """Whether an interval bears the claim out."""
-        return found.low > self.low and self.reach <= found.high < self.high
+        return self.low < found.low and found.high < self.high
 
     def refuted(self, found: Estimate) -> bool:
         """Whether an interval excludes it."""
-        return found.high < self.refuted_below or found.low >= self.high
-
-
-INFINITE = float("inf")
-
-
-def above(threshold: float) -> Criterion:
-    """The whole interval lies above a threshold."""
-    return Criterion(
-        low=threshold, reach=-INFINITE, high=INFINITE, refuted_below=threshold, words=f"interval above {threshold:g}"
-    )
-
-
-def within(low: float, high: float) -> Criterion:
-    """The whole interval lies within limits."""
-    return Criterion(
-        low=low, reach=-INFINITE, high=high, refuted_below=low, words=f"interval within {low:g} and {high:g}"
-    )
-
-
-def at_least(value: float) -> Criterion:
-    """The interval lies above 0 and reaches up to a value, or lies beyond it."""
-    return Criterion(
-        low=0.0,
-        reach=value,
-        high=INFINITE,
-        refuted_below=value,
-        words=f"interval above 0, and up to {value:g} or beyond",
-    )
+        return found.high <= self.low or self.high <= found.low
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,13 +81,20 @@ class Claim:
 
     @property
     def verdict(self) -> str:
-        """One of `HOLDS` (everywhere), `CONDITIONS` (somewhere), `FAILS` (nowhere) and `UNDECIDED`."""
-        met = [self.met(finding) for finding in self.findings]
-        if met and all(met):
+        """What the findings say.
+
+        `HOLDS`: all bear it out. `CONDITIONS`: some do, more than chance would let. `FAILS`: at least half exclude it.
+        `NOT_DERIVED`: there are none. `UNDECIDED`: anything else.
+        """
+        met, refuted = (sum(map(judge, self.findings)) for judge in (self.met, self.refuted))
+        count = len(self.findings)
+        if not count:
+            return NOT_DERIVED
+        if met == count:
             return HOLDS
-        if any(met):
+        if met > BY_CHANCE * count:
             return CONDITIONS
-        return FAILS if any(self.refuted(finding) for finding in self.findings) else UNDECIDED
+        return FAILS if refuted >= count / 2 else UNDECIDED
 
     @property
     def conditions(self) -> list[str]:

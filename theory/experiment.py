@@ -50,7 +50,7 @@ class Plan:
         gammas: probabilities of the rare pattern, falling.
         seeds: number.
         seed: of all keys.
-        chips: noise seeds of a tolerance.
+        chips: noise seeds of a mixture's tolerance.
         hardware: on which tolerances are found.
         digital: experts that are digital in the placements beside all analog.
 
@@ -73,6 +73,8 @@ class Plan:
             raise InputError(
                 f"seeds={self.seeds} must be at least 2, chips={self.chips} at least 1 and seed={self.seed} at least 0"
             )
+        if self.train.data.levels < 2:
+            raise InputError(f"levels={self.train.data.levels} must be at least 2: a frequent and a rare one")
         if not 0 < self.digital < self.train.model.experts:
             raise InputError(f"digital={self.digital} must be from 1 to {self.train.model.experts - 1}")
 
@@ -85,7 +87,7 @@ class Measured:
         plan: what was run.
         looks: at every mixture while it was trained.
         stopped: look at which each mixture stops, by stopping rule; the last where it never learns.
-        learned: whether it has learned by then, by stopping rule.
+        learned: whether it has learned by then, by stopping rule; of `together` all mixtures of its seed.
         scores: MaxNNScore of every expert, by stopping rule.
         tolerances: c* of `PLACEMENTS`, by stopping rule and hardware.
         errors: mean square change of outputs by each expert's noise, by stopping rule and hardware.
@@ -125,11 +127,15 @@ def measure(plan: Plan) -> Measured:
     trained = train(jax.random.split(keys[0], plan.seeds), jnp.asarray(plan.gammas, jnp.float32), plan.train)
     looks = jax.tree.map(np.asarray, trained.looks)
     shape, stopped = looks.accuracy.shape[:2], stops(looks.accuracy)
-    chips = jax.random.split(keys[1], plan.chips)
+    # A seed has chips of its own, the same at all frequencies and times.
+    chips = jax.vmap(lambda key: jax.random.split(key, plan.chips))(jax.random.split(keys[1], plan.seeds))
+    chips = jnp.tile(chips, (len(plan.gammas), 1))
     rows, columns = np.indices(shape)
     able, scores, found, errors = {}, {}, {}, {}
     for stop in STOPS:
         able[stop] = np.asarray(learned(jnp.asarray(looks.accuracy[rows, columns, stopped[stop]])))
+        if stop == "together":
+            able[stop] = np.broadcast_to(able[stop].all(axis=0), shape)
         mixtures = jax.tree.map(lambda leaf, at=stopped[stop]: _runs(leaf[rows, columns, at]), trained.mixtures)
         benches = _benches(mixtures, _runs(trained.dictionary), jax.tree.map(_runs, trained.test), plan.train)
         score = jax.vmap(neuron_norm_scores)(mixtures)

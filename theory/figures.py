@@ -9,10 +9,9 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from hetmoe.report.style import COLOURS
-from theory.bounds import Case, over
+from theory.cases import Case, over
 from theory.claims import CONDITIONS, FAILS, HOLDS, Claim
 from theory.experiment import PLACEMENTS, STOPS, Measured
-from theory.measurements import named
 from theory.reference import Layer
 
 _VERDICT_COLOURS = {HOLDS: "#009E73", CONDITIONS: "#E69F00", FAILS: "#D55E00"}
@@ -36,13 +35,11 @@ def _plain(axes: Any) -> None:
             axis.set_minor_formatter(NullFormatter())
 
 
-def draw_claims(measured: Measured, claims: Sequence[Claim]) -> Any:
-    """Growth, order, and tolerances by stopping rule."""
-    figure, panels = _figure((15, 8.2), 2, 3)
-    gammas = np.array(measured.plan.gammas)
-    axes = panels[0, 0]
-    steps = np.arange(measured.looks.along.shape[2]) * measured.plan.train.chunk
-    levels = measured.plan.train.data.levels
+def draw_curves(measured: Measured) -> Any:
+    """Growth along patterns, and tolerances by stopping rule."""
+    figure, panels = _figure((19, 4.6), 1, 4)
+    gammas, steps = np.array(measured.plan.gammas), measured.plan.train.times
+    axes, levels = panels[0, 0], measured.plan.train.data.levels
     for row, gamma in enumerate(gammas):
         norm = np.linalg.norm(measured.looks.along[row], axis=-2).max(axis=-2)  # [seeds, looks, relevant]
         rare = norm[..., levels - 1 :: levels].mean(axis=(0, -1))
@@ -50,18 +47,12 @@ def draw_claims(measured: Measured, claims: Sequence[Claim]) -> Any:
     frequent = np.linalg.norm(measured.looks.along[0], axis=-2).max(axis=-2)[..., ::levels].mean(axis=(0, -1))
     axes.plot(steps[1:], frequent[1:], color="black", ls="--", label=f"frequent, gamma {gammas[0]:g}")
     axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="steps",
-        ylabel="largest component of an expert",
-        title="growth along patterns",
-    )
+        xscale="log", yscale="log", xlabel="steps", ylabel="components of an expert's neurons, norm",
+        title="growth along patterns, of the expert with most",
+    )  # fmt: skip
     axes.legend(fontsize=8, frameon=False)
-
-    _by_gamma(panels[0, 1], named(claims, "2a"), gammas, "measured / predicted growth", 1.0)
-    _by_gamma(panels[0, 2], named(claims, "2d"), gammas, "rank correlation, score and frequency served", None)
     hardware = measured.plan.hardware[0]
-    for axes, stop in zip(panels[1], STOPS, strict=True):
+    for axes, stop in zip(panels[0, 1:], STOPS, strict=True):
         found = np.where(measured.learned[stop][..., None], measured.tolerances[stop, hardware], np.nan)
         for place, name in enumerate(PLACEMENTS):
             values = found[..., place]
@@ -82,45 +73,47 @@ def draw_claims(measured: Measured, claims: Sequence[Claim]) -> Any:
     return figure
 
 
-def _by_gamma(axes: Any, claim: Claim, gammas: np.ndarray, label: str, wanted: float | None) -> None:
-    columns = list(dict.fromkeys(f.column for f in claim.findings))
-    for number, column in enumerate(columns):
-        found = [f.estimate for f in claim.findings if f.column == column]
-        shown = [(g, e) for g, e in zip(gammas, found, strict=True) if e is not None]
-        axes.errorbar(
-            [g * (1 + 0.03 * (number - 1)) for g, _ in shown], [e.value for _, e in shown],
-            np.maximum([[e.value - e.low for _, e in shown], [e.high - e.value for _, e in shown]], 0),
-            marker="osv"[number % 3], color=COLOURS[number], label=column, capsize=2,
-        )  # fmt: skip
-    if wanted is not None:
-        axes.axhline(wanted, color="0.4", lw=1, ls=":")
-    axes.set(xscale="log", xlabel="gamma", ylabel=label, title=claim.name)
-    axes.legend(fontsize=8, frameon=False)
+def draw_training_claims(claims: Sequence[Claim]) -> Any:
+    """Steps 1 and 2: every finding with its interval."""
+    chosen = [claim for claim in claims if claim.name[0] in "12"]
+    figure, panels = _figure((16, 8), 2, -(-len(chosen) // 2))
+    for axes, claim in zip(panels.flat, chosen, strict=False):
+        _intervals(axes, claim)
+        axes.legend(fontsize=8, frameon=False)
+    for axes in panels.flat[len(chosen) :]:
+        axes.set_visible(False)
+    return figure
 
 
-def draw_devices(claims: Sequence[Claim]) -> Any:
-    """Slopes and gains of every device, by stopping rule."""
-    chosen = [named(claims, name) for name in ("4a", "4b", "4c")]
-    rows = list(dict.fromkeys(f.row for f in chosen[0].findings))
-    figure, panels = _figure((15, 0.34 * len(rows) + 1.8), 1, 3, sharey=True)
-    for axes, claim, wanted in zip(panels[0], chosen, (1.0, 1.0, 1.0), strict=True):
-        for number, stop in enumerate(STOPS):
-            for finding in (f for f in claim.findings if f.column == stop):
-                if finding.estimate is None:
-                    continue
-                e, y = finding.estimate, rows.index(finding.row) + 0.22 * (number - 1)
-                reach = np.maximum([[e.value - e.low], [e.high - e.value]], 0)
-                first = finding.row == rows[0]
-                axes.errorbar(
-                    [e.value], [y], xerr=reach, color=COLOURS[number], marker="osv"[number], ms=4, capsize=2,
-                    label=stop if first else None,
-                )  # fmt: skip
-        axes.axvline(wanted, color="0.4", lw=1, ls=":")
-        axes.set(title=claim.name, xlabel=claim.measured)
-        axes.set_yticks(range(len(rows)), rows)
-    panels[0, 0].invert_yaxis()
+def draw_device_claims(claims: Sequence[Claim]) -> Any:
+    """Steps 3 and 4: every finding with its interval, of every device."""
+    chosen = [claim for claim in claims if claim.name[0] in "34"]
+    rows = len({f.row for f in chosen[0].findings})
+    figure, panels = _figure((20, 0.34 * rows + 1.8), 1, len(chosen), sharey=True)
+    for axes, claim in zip(panels[0], chosen, strict=True):
+        _intervals(axes, claim)
     panels[0, 0].legend(fontsize=8, frameon=False)
     return figure
+
+
+def _intervals(axes: Any, claim: Claim) -> None:
+    """Rows of findings, columns side by side; the criterion's limits as lines."""
+    rows, columns = (list(dict.fromkeys(getattr(f, axis) for f in claim.findings)) for axis in ("row", "column"))
+    for number, column in enumerate(columns):
+        known = [(rows.index(f.row), f.estimate) for f in claim.findings if f.column == column and f.estimate]
+        values = np.array([[e.value, e.low, e.high] for _, e in known]).reshape(-1, 3).T
+        axes.errorbar(
+            values[0], [row + 0.22 * (number - (len(columns) - 1) / 2) for row, _ in known],
+            xerr=np.maximum([values[0] - values[1], values[2] - values[0]], 0), ls="", color=COLOURS[number],
+            marker="osv"[number % 3], ms=4, capsize=2, label=column,
+        )  # fmt: skip
+    for limit in (claim.criterion.low, claim.criterion.high):
+        if np.isfinite(limit):
+            axes.axvline(limit, color="0.4", lw=1, ls=":")
+    axes.set(title=f"{claim.name}:\n{claim.verdict}", xlabel=claim.measured, ylim=(len(rows) - 0.5, -0.5))
+    axes.set_yticks(range(len(rows)), rows)
+    axes.title.set_fontsize(10)
+    axes.xaxis.label.set_fontsize(8)
 
 
 def draw_settings(found: Mapping[str, Sequence[Claim]]) -> Any:
@@ -138,7 +131,8 @@ def draw_settings(found: Mapping[str, Sequence[Claim]]) -> Any:
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     handles = [
-        Patch(color=colour, label=verdict) for verdict, colour in (*_VERDICT_COLOURS.items(), ("undecided", "#BBBBBB"))
+        Patch(color=colour, label=verdict)
+        for verdict, colour in (*_VERDICT_COLOURS.items(), ("undecided, or not derived", "#BBBBBB"))
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
     return figure

@@ -37,23 +37,28 @@ class Growth:
     """Of all runs, over their first looks.
 
     Attributes:
-        measured: growth along patterns of the neuron that grows most, NaN where no expert takes the pattern.
+        measured: growth of a neuron along its pattern; NaN where no expert takes the pattern.
         predicted: of that neuron.
+        square: growth of that neuron's squared norm.
+        square_predicted: what it would be if the neuron moved along its pattern only, and as predicted.
     """
 
     measured: Float[np.ndarray, "runs relevant"]
     predicted: Float[np.ndarray, "runs relevant"]
+    square: Float[np.ndarray, "runs relevant"]
+    square_predicted: Float[np.ndarray, "runs relevant"]
 
 
 def linear_looks(active: Float[np.ndarray, "runs looks levels"]) -> Int[np.ndarray, "runs levels"]:
-    """How many looks after the first each level remains in the linear part of the loss; at least 1."""
+    """How many looks after the first each level remains in the linear part of the loss; 0 where it is not at one."""
     inside = active >= STILL_LINEAR
     last = np.where(inside.all(axis=1), inside.shape[1], inside.argmin(axis=1)) - 1
-    return np.maximum(last, 1)
+    return np.maximum(last, 0)
 
 
 def growth(
     along: Float[np.ndarray, "runs looks experts neurons relevant"],
+    norm: Float[np.ndarray, "runs looks experts neurons"],
     weight: Float[np.ndarray, "runs looks experts relevant"],
     frequency: Float[np.ndarray, "runs relevant"],
     looks: Int[np.ndarray, "runs levels"],
@@ -61,27 +66,30 @@ def growth(
 ) -> Growth:
     """Measured and predicted growth over the first `looks` looks of each run, along patterns of each level.
 
-    Of every pattern the expert is looked at that gives it the most weight at the start, among those that vote for its
-    class; and of that expert the neuron with the largest component at the start, which is active on it.
+    NaN where `looks` is 0. Of every pattern the expert is looked at that gives it the most weight at the start, among
+    those that vote for its class; and of that expert the neuron with the largest component at the start, which is
+    active on it.
     """
     runs = np.arange(along.shape[0])
     levels, patterns = spec.data.levels, along.shape[-1]
-    measured, predicted = (np.full((len(runs), patterns), np.nan) for _ in range(2))
+    measured, predicted, square, square_predicted = (np.full((len(runs), patterns), np.nan) for _ in range(4))
     able = for_class(spec.model, levels)
     for pattern in range(patterns):
         first = np.where(able[:, pattern], weight[:, 0, :, pattern], -1.0)
         expert = first.argmax(axis=1)
         start = along[runs, 0, expert, :, pattern]
         neuron = _voters(spec, expert, pattern, start).argmax(axis=1)
-        path = along[runs, :, expert, neuron, pattern]
-        known = (first[runs, expert] > 0) & (path[:, 0] > 0)
+        path, size = along[runs, :, expert, neuron, pattern], norm[runs, :, expert, neuron]
+        known = (first[runs, expert] > 0) & (path[:, 0] > 0) & (looks[:, pattern % levels] > 0)
         given = weight[runs, :, expert, pattern]
         for run in runs[known]:
             end = int(looks[run, pattern % levels])
-            steps = np.trapezoid(given[run, : end + 1], dx=spec.chunk)
-            predicted[run, pattern] = spec.expert_rate * loss_slope(spec) * frequency[run, pattern] * steps
-            measured[run, pattern] = path[run, end] - path[run, 0]
-    return Growth(measured=measured, predicted=predicted)
+            steps = np.trapezoid(given[run, : end + 1], spec.times[: end + 1])
+            moved = spec.expert_rate * loss_slope(spec) * frequency[run, pattern] * steps
+            predicted[run, pattern], measured[run, pattern] = moved, path[run, end] - path[run, 0]
+            square[run, pattern] = size[run, end] ** 2 - size[run, 0] ** 2
+            square_predicted[run, pattern] = moved * (2 * path[run, 0] + moved)
+    return Growth(measured=measured, predicted=predicted, square=square, square_predicted=square_predicted)
 
 
 def _voters(spec: TrainSpec, expert: np.ndarray, pattern: int, start: np.ndarray) -> Float[np.ndarray, "runs neurons"]:

@@ -22,7 +22,7 @@ from hetmoe.quantize.bounds.report import rounded_rows
 from hetmoe.quantize.bounds.weights import expert_weights
 from hetmoe.quantize.budget import EXPERT_MATRICES
 from hetmoe.quantize.grid import Grid
-from theory.bounds import over, programmed, root_mean_square
+from theory.cases import over, programmed, root_mean_square
 
 ADC_BOUND = 12.0
 

@@ -7,11 +7,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from theory.bounds import Case
-from theory.claims import CONDITIONS, FAILS, HOLDS, UNDECIDED, Claim, Finding
+from theory.cases import Case
+from theory.claims import CONDITIONS, FAILS, HOLDS, NOT_DERIVED, UNDECIDED, Claim, Finding
 from theory.experiment import PLACEMENTS, STOPS, Hardware, Measured
 
-SIGNS = {HOLDS: "holds", CONDITIONS: "partly", FAILS: "no", UNDECIDED: "?"}
+SIGNS = {HOLDS: "holds", CONDITIONS: "partly", FAILS: "no", UNDECIDED: "?", NOT_DERIVED: "-"}
 
 
 def print_claim(console: Console, claim: Claim) -> None:
@@ -28,14 +28,14 @@ def print_claim(console: Console, claim: Claim) -> None:
     conditions = f": {'; '.join(claim.conditions)}" if claim.conditions else ""
     console.print(
         f"{claim.verdict}{conditions} (criterion: {claim.criterion.words}). Cells: value [95 % interval] mixtures, "
-        "+ met, - refuted\n"
+        "+ met, - refuted; of many cells 1 in 40 is met by chance where a value is on the limit\n"
     )
 
 
 def _cell(claim: Claim, finding: Finding) -> str:
     found = finding.estimate
     if found is None:
-        return "too few runs"
+        return "not known"
     sign = "+" if claim.met(finding) else "-" if claim.refuted(finding) else " "
     runs = f"{found.runs}/{found.runs + finding.excluded}" if finding.excluded else str(found.runs)
     return f"{found.value:.3g} [{found.low:.3g}, {found.high:.3g}] {runs} {sign}"

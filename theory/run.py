@@ -17,7 +17,14 @@ from hetmoe.files import check_new_directory, make_directory, write_bytes
 from hetmoe.report.render import to_files, with_settings
 from theory.bounds import search
 from theory.experiment import Hardware, Plan, measure
-from theory.figures import draw_bounds, draw_claims, draw_devices, draw_reference, draw_settings
+from theory.figures import (
+    draw_bounds,
+    draw_curves,
+    draw_device_claims,
+    draw_reference,
+    draw_settings,
+    draw_training_claims,
+)  # fmt: skip
 from theory.measurements import all_claims
 from theory.reference import reference_layers, rows
 from theory.report import (
@@ -35,14 +42,34 @@ from theory.train import TrainSpec
 
 QUICK_GAMMAS = (0.4, 0.2, 0.1)
 QUICK_SETTINGS = ("noisy tokens",)
+GAMMAS = (0.4, 0.2, 0.1, 0.05, 0.025)
+FEW_HARDWARE = Hardware("proportional", False), Hardware("pcm", True)
 
 Result = tuple[dict[str, Any], dict[str, Callable[[], Any]]]
 """Record, and figures by name."""
-Part = Callable[[Console, bool, int | None, int], Result]
-"""Takes the console, whether to be quick, a number of seeds (None = the default), and the base seed."""
 
 
-def run(parts: Sequence[Part], quick: bool, seeds: int | None, seed: int, output: Path | None) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a user chooses.
+
+    Attributes:
+        quick: few seeds, frequencies and devices.
+        seeds: mixtures of each frequency; None = the part's default.
+        seed: of everything that is drawn.
+        digital: experts that are digital in the placements beside all analog; None = half of them.
+    """
+
+    quick: bool = False
+    seeds: int | None = None
+    seed: int = 0
+    digital: int | None = None
+
+
+Part = Callable[[Console, Options], Result]
+
+
+def run(parts: Sequence[Part], options: Options, output: Path | None) -> None:
     """Runs parts in turn; writes results.json and figures behind each, if there is an output.
 
     Raises:
@@ -52,10 +79,11 @@ def run(parts: Sequence[Part], quick: bool, seeds: int | None, seed: int, output
         check_new_directory(output)
         make_directory(output)
     made_by = provenance() | {"command": ["python", "-m", "theory", *sys.argv[1:]]}
-    console, record = make_console(), dict[str, Any](format="hetmoe-theory-1", provenance=made_by, quick=quick)
+    console = make_console()
+    record = dict[str, Any](format="hetmoe-theory-2", provenance=made_by, options=dataclasses.asdict(options))
     for part in parts:
         started = time.perf_counter()
-        found, figures = part(console, quick, seeds, seed)
+        found, figures = part(console, options)
         console.print(f"{time.perf_counter() - started:.0f} s\n", highlight=False)
         record |= found
         if output is not None:
@@ -69,20 +97,18 @@ def run(parts: Sequence[Part], quick: bool, seeds: int | None, seed: int, output
 
 def shortened(spec: TrainSpec) -> TrainSpec:
     """For a quick run: as many steps as frequencies down to 0.1 need."""
-    return dataclasses.replace(spec, chunks=60)
+    return dataclasses.replace(spec, chunks=40)
 
 
-def claims_part(console: Console, quick: bool, seeds: int | None, seed: int) -> Result:
+def claims_part(console: Console, options: Options) -> Result:
     """The analysed setting on all devices."""
-    if quick:
-        plan = Plan(
-            train=shortened(BASE), seeds=seeds or 4, seed=seed, chips=4, gammas=QUICK_GAMMAS,
-            hardware=(Hardware("proportional", False), Hardware("pcm", True)),
-        )  # fmt: skip
-    else:
-        devices = ("proportional", *(name for name in DEVICES if name != "proportional"))
-        both = tuple(Hardware(device, converters) for device in devices for converters in (False, True))
-        plan = Plan(seeds=seeds or 16, seed=seed, hardware=both)
+    devices = ("proportional", *(name for name in DEVICES if name != "proportional"))
+    both = tuple(Hardware(device, converters) for device in devices for converters in (False, True))
+    plan = Plan(
+        train=shortened(BASE) if options.quick else BASE, seeds=options.seeds or (4 if options.quick else 16),
+        seed=options.seed, chips=4 if options.quick else 16, gammas=QUICK_GAMMAS if options.quick else GAMMAS,
+        hardware=FEW_HARDWARE if options.quick else both, digital=options.digital or BASE.model.experts // 2,
+    )  # fmt: skip
     measured = measure(plan)
     found = all_claims(measured)
     for claim in found:
@@ -92,17 +118,22 @@ def claims_part(console: Console, quick: bool, seeds: int | None, seed: int) -> 
         "claims": [claim_record(claim) for claim in found], "tolerances": tolerance_record(measured),
         "gammas": plan.gammas, "seeds": plan.seeds,
     }  # fmt: skip
-    return record, {"claims": lambda: draw_claims(measured, found), "devices": lambda: draw_devices(found)}
+    figures = {
+        "curves": lambda: draw_curves(measured), "training": lambda: draw_training_claims(found),
+        "devices": lambda: draw_device_claims(found),
+    }  # fmt: skip
+    return record, figures
 
 
-def settings_part(console: Console, quick: bool, seeds: int | None, seed: int) -> Result:
+def settings_part(console: Console, options: Options) -> Result:
     """Every claim where one thing is changed."""
     found = dict[str, Any]()
-    for name in QUICK_SETTINGS if quick else tuple(SETTINGS):
-        spec = shortened(SETTINGS[name]) if quick else SETTINGS[name]
+    for name in QUICK_SETTINGS if options.quick else tuple(SETTINGS):
+        spec = shortened(SETTINGS[name]) if options.quick else SETTINGS[name]
         plan = Plan(
-            train=spec, gammas=QUICK_GAMMAS if quick else (0.4, 0.1, 0.025), seeds=seeds or (4 if quick else 8),
-            seed=seed, chips=4 if quick else 8, digital=spec.model.experts // 2,
+            train=spec, gammas=QUICK_GAMMAS if options.quick else (0.4, 0.1, 0.025),
+            seeds=options.seeds or (4 if options.quick else 8), seed=options.seed, chips=4 if options.quick else 8,
+            hardware=FEW_HARDWARE, digital=options.digital or spec.model.experts // 2,
         )  # fmt: skip
         found[name] = all_claims(measure(plan))
     print_settings(console, found)
@@ -110,22 +141,26 @@ def settings_part(console: Console, quick: bool, seeds: int | None, seed: int) -
     return {"settings": record}, {"settings": lambda: draw_settings(found)}
 
 
-def bounds_part(console: Console, quick: bool, seeds: int | None, seed: int) -> Result:
+def bounds_part(console: Console, options: Options) -> Result:
     """Bounds on random experts."""
-    del seeds  # Unused: cases, not trained mixtures.
-    devices = ("proportional", "pcm") if quick else tuple(DEVICES)
-    cases = search(1 if quick else 3, 200 if quick else 2000, devices, seed=seed)
+    devices = ("proportional", "pcm") if options.quick else tuple(DEVICES)
+    cases = search(1 if options.quick else 3, 200 if options.quick else 2000, devices, seed=options.seed)
     table = bound_rows(cases)
     print_bounds(console, table)
     return {"bounds": table}, {"bounds": lambda: draw_bounds(cases)}
 
 
-def reference_part(console: Console, quick: bool, seeds: int | None, seed: int) -> Result:
+def reference_part(console: Console, options: Options) -> Result:
     """Bounds on the embedded model."""
-    del seeds  # Unused: one model.
     model = load_model("reference", "float32")
     layers = reference_layers(
-        model, device="pcm", noise_scale=2.0, tokens=16 if quick else 192, chips=4 if quick else 16, bits=4, seed=seed
+        model,
+        device="pcm",
+        noise_scale=2.0,
+        tokens=16 if options.quick else 192,
+        chips=4 if options.quick else 16,
+        bits=4,
+        seed=options.seed,
     )
     table = rows(layers)
     print_reference(console, table, [layer.rounded for layer in layers])

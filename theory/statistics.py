@@ -57,23 +57,26 @@ def by_seed(
         statistic: NaN where it does not exist.
 
     Returns:
-        None where the statistic does not exist, or in more than a twentieth of the resamples does not.
+        None where the statistic or an end of the interval is not finite, or the statistic does not exist in more than
+        a twentieth of the resamples.
     """
-    whole = statistic(values)
-    if not np.isfinite(whole):
-        return None
     draws = np.random.default_rng(_BOOTSTRAP).integers(0, values.shape[1], (RESAMPLES, values.shape[1]))
-    again = np.array([statistic(values[:, draw]) for draw in draws])
-    again = again[np.isfinite(again)]
-    if len(again) < 0.95 * RESAMPLES:
+    # Medians of censored values may be infinite, or of both infinities.
+    with np.errstate(invalid="ignore"):
+        whole = statistic(values)
+        again = np.array([statistic(values[:, draw]) for draw in draws])
+        again = again[~np.isnan(again)]
+        if len(again) < 0.95 * RESAMPLES:
+            return None
+        low, high = np.quantile(again, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    if not np.isfinite([whole, low, high]).all():
         return None
-    low, high = np.quantile(again, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Estimate(value=float(whole), low=float(low), high=float(high), runs=int(known_runs(values).sum()))
 
 
 def known_runs(values: Float[np.ndarray, "gammas seeds *parts"]) -> Bool[np.ndarray, "gammas seeds"]:
-    """Which runs have a value, in all its parts."""
-    return np.all(np.isfinite(values).reshape(*values.shape[:2], -1), axis=2)
+    """Which runs have a value, in all its parts; infinite ones are values."""
+    return ~np.any(np.isnan(values).reshape(*values.shape[:2], -1), axis=2)
 
 
 def ratio_of_means(values: Float[np.ndarray, "gammas seeds 2"]) -> float:
@@ -82,28 +85,42 @@ def ratio_of_means(values: Float[np.ndarray, "gammas seeds 2"]) -> float:
     return float(first / second) if second else float("nan")
 
 
-def mean(values: Float[np.ndarray, "gammas seeds"]) -> float:
+def mean(values: Float[np.ndarray, "*runs"]) -> float:
     """Of all runs that have a value."""
-    known = values[np.isfinite(values)]
+    known = values[~np.isnan(values)]
     return float(known.mean()) if known.size else float("nan")
 
 
-def slope_on(x: Float[np.ndarray, "gammas"], least: int = 3) -> Callable[[Float[np.ndarray, "gammas seeds"]], float]:
-    """The least-squares slope on x of the means over seeds, all frequencies alike.
+def median(values: Float[np.ndarray, "*runs"]) -> float:
+    """Of all runs that have a value; infinite ones count by their sign."""
+    known = values[~np.isnan(values)]
+    return float(np.median(known)) if known.size else float("nan")
+
+
+def log_of_mean(values: Float[np.ndarray, "*runs"]) -> float:
+    """Of the mean of all runs that have a value, which may be negative; NaN unless that is positive."""
+    found = mean(values)
+    return float(np.log(found)) if found > 0 else float("nan")
+
+
+def slope_on(
+    x: Float[np.ndarray, "gammas"], centre: Callable[[Float[np.ndarray, "*runs"]], float] = mean, least: int = 3
+) -> Callable[[Float[np.ndarray, "gammas seeds"]], float]:
+    """The least-squares slope on x of a summary of each frequency's seeds, all frequencies alike.
 
     Args:
         x: one for each row of values.
+        centre: `mean`, `median` or `log_of_mean`.
         least: runs that a frequency must have to count, and frequencies that there must be.
     """
 
     def slope(values: np.ndarray) -> float:
-        known = np.isfinite(values)
-        rows = known.sum(axis=1) >= least
+        rows = (~np.isnan(values)).sum(axis=1) >= least
         if rows.sum() < least:
             return float("nan")
-        means = np.where(known, values, 0.0).sum(axis=1)[rows] / known.sum(axis=1)[rows]
+        centres = np.array([centre(row) for row in values[rows]])
         from_mean = x[rows] - x[rows].mean()
-        return float(from_mean @ means / (from_mean @ from_mean))
+        return float(from_mean @ centres / (from_mean @ from_mean))
 
     return slope
 

@@ -1,7 +1,7 @@
 """Training by stochastic gradient descent: one `lax.scan`, vmapped over seeds and frequencies.
 
-Every step draws a new batch. Every `chunk` steps the mixture is kept and looked at: its clean accuracy on fixed test
-sequences, each level by itself, and what the claims about growth need.
+Every step draws a new batch. After each of the first steps, and from then on every `chunk` steps, the mixture is kept
+and looked at: its clean accuracy on fixed test sequences, each level by itself, and what the claims about growth need.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
@@ -20,8 +21,7 @@ from theory.data import DataSpec, Sequences, Tokens, draw_sequences, embed, leve
 from theory.model import Mixture, ModelSpec, forward, init_mixture, margins, routing_weights
 
 LEARNED = 0.99  # accuracy, on every level by itself
-# Margins up to which the loss is linear: the hinge loss exactly, the logistic one to a tenth of its slope at 0.
-LINEAR = {"hinge": 1.0, "logistic": 0.2}
+LOGISTIC_LINEAR = 0.2  # margins, of either sign, up to which the slope of the logistic loss is that at 0 to a tenth
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,9 @@ class TrainSpec:
         model: their structure.
         loss: `hinge` or `logistic`.
         batch: sequences of a step.
-        chunk: steps between looks.
-        chunks: looks after the first, which is before training.
+        single: first steps, after each of which there is a look.
+        chunk: steps between looks behind them.
+        chunks: looks behind them.
         expert_rate: learning rate of experts.
         router_rate: learning rate of routers.
         std: of initial weights.
@@ -48,8 +49,9 @@ class TrainSpec:
     model: ModelSpec = dataclasses.field(default_factory=ModelSpec)
     loss: Literal["hinge", "logistic"] = "hinge"
     batch: int = 256
+    single: int = 100
     chunk: int = 5
-    chunks: int = 200
+    chunks: int = 180
     expert_rate: float = 0.1
     router_rate: float = 0.1
     std: float = 0.02
@@ -58,7 +60,7 @@ class TrainSpec:
     def __post_init__(self) -> None:
         if self.loss not in ("hinge", "logistic"):
             raise InputError(f"loss={self.loss!r} must be hinge or logistic")
-        for name in ("batch", "chunk", "chunks", "tests"):
+        for name in ("batch", "single", "chunk", "chunks", "tests"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("expert_rate", "router_rate", "std"):
@@ -69,6 +71,11 @@ class TrainSpec:
                 f"a model of {self.model.dim} dimensions and {self.model.classes} classes does not fit data of "
                 f"{self.data.patterns} and {self.data.classes}"
             )
+
+    @property
+    def times(self) -> Int[np.ndarray, "looks"]:
+        """Steps before every look; the first is before training."""
+        return np.concatenate([np.arange(self.single), self.single + self.chunk * np.arange(self.chunks + 1)])
 
 
 class Test(NamedTuple):
@@ -82,10 +89,10 @@ class Look(NamedTuple):
     """What is seen of a mixture, at one time."""
 
     accuracy: Float[Array, "levels"]
-    loss: Float[Array, ""]  # mean over levels, each with its probability
     margin: Float[Array, "levels"]  # mean
-    active: Float[Array, "levels"]  # share of sequences whose margin is in the linear part of the loss, below `LINEAR`
+    active: Float[Array, "levels"]  # share of sequences whose margin is in the linear part of the loss
     along: Float[Array, "experts neurons relevant"]  # inner products of first layers with relevant patterns
+    norm: Float[Array, "experts neurons"]  # of first layers
     weight: Float[Array, "experts relevant"]  # mean weight of a relevant token in each expert, 0 where not chosen
     chosen: Float[Array, "experts relevant"]  # how often an expert takes it
 
@@ -121,13 +128,15 @@ def losses(outputs: Float[Array, "*b outputs"], label: Int[Array, "*b"], loss: s
     return optax.softmax_cross_entropy_with_integer_labels(outputs, label)
 
 
-def look_at(
-    mixture: Mixture, dictionary: Array, test: Test, probabilities: Float[Array, "levels"], spec: TrainSpec
-) -> Look:
+def in_linear_part(margin: Float[Array, "*b"], loss: str) -> Bool[Array, "*b"]:
+    """Whether the loss is linear there: the hinge loss below a margin of 1, the logistic one about 0."""
+    return margin < 1.0 if loss == "hinge" else jnp.abs(margin) < LOGISTIC_LINEAR
+
+
+def look_at(mixture: Mixture, dictionary: Array, test: Test, spec: TrainSpec) -> Look:
     """See `Look`."""
     outputs = jax.vmap(lambda tokens: forward(mixture, tokens, spec.model))(test.tokens)
     margin = margins(outputs, test.drawn.label)
-    of_level = jnp.mean(losses(outputs, test.drawn.label, spec.loss), axis=1)
     weights = jax.vmap(lambda tokens: routing_weights(mixture.router, tokens, spec.model))(test.tokens)  # of all tokens
     is_relevant = jax.nn.one_hot(test.drawn.ids, spec.data.relevant)  # 0 for all others
     present = jnp.maximum(jnp.sum(is_relevant, axis=(0, 1, 2)), 1.0)
@@ -135,9 +144,9 @@ def look_at(
     return Look(
         accuracy=jnp.mean(margin > 0, axis=1, dtype=jnp.float32),
         margin=jnp.mean(margin, axis=1),
-        active=jnp.mean(margin < LINEAR[spec.loss], axis=1, dtype=jnp.float32),
-        loss=jnp.sum(of_level * probabilities),
+        active=jnp.mean(in_linear_part(margin, spec.loss), axis=1, dtype=jnp.float32),
         along=jnp.einsum("edm,rd->emr", mixture.up, dictionary[: spec.data.relevant]),
+        norm=jnp.linalg.norm(mixture.up, axis=1),
         weight=of_pattern(weights, is_relevant) / present[None],
         chosen=of_pattern((weights > 0).astype(jnp.float32), is_relevant) / present[None],
     )
@@ -171,21 +180,22 @@ def train_one(key: jax.Array, gamma: Float[Array, ""], spec: TrainSpec) -> Train
         tokens = embed(second, dictionary, drawn.ids, spec.data)
         return jnp.mean(losses(forward(mixture, tokens, spec.model), drawn.label, spec.loss))
 
-    def step(state: tuple[Mixture, Any], number: Array) -> tuple[tuple[Mixture, Any], None]:
+    def step(state: tuple[Mixture, Any], number: Array) -> tuple[Mixture, Any]:
         mixture, memory = state
         slopes = jax.grad(loss)(mixture, jax.random.fold_in(keys[3], number))
         with jax.numpy_dtype_promotion("standard"):
             updates, memory = descent.update(slopes, memory, mixture)  # pyright: ignore[reportArgumentType]
-            return (optax.apply_updates(mixture, updates), memory), None  # pyright: ignore[reportReturnType, reportArgumentType]
+            return optax.apply_updates(mixture, updates), memory  # pyright: ignore[reportReturnType, reportArgumentType]
 
-    def chunk(state: tuple[Mixture, Any], number: Array) -> tuple[tuple[Mixture, Any], tuple[Mixture, Look]]:
-        seen = state[0], look_at(state[0], dictionary, test, probabilities, spec)
-        state, _ = jax.lax.scan(step, state, number * spec.chunk + jnp.arange(spec.chunk))
-        return state, seen
+    def look(state: tuple[Mixture, Any], steps: Array) -> tuple[tuple[Mixture, Any], tuple[Mixture, Look]]:
+        """Looks, and trains until the next look."""
+        seen = state[0], look_at(state[0], dictionary, test, spec)
+        return jax.lax.fori_loop(steps[0], steps[1], lambda number, now: step(now, number), state), seen
 
-    # The last look is behind the last step that counts: the steps after it are lost, and `look_at` is compiled once.
+    # The last look is behind the last step: it is followed by none, and `look_at` is compiled once.
     state = start, descent.init(start)  # pyright: ignore[reportArgumentType]
-    _, (mixtures, looks) = jax.lax.scan(chunk, state, jnp.arange(spec.chunks + 1))
+    ends = np.stack([spec.times, np.append(spec.times[1:], spec.times[-1])], axis=1)
+    _, (mixtures, looks) = jax.lax.scan(look, state, jnp.asarray(ends, jnp.int32))
     return Trained(dictionary=dictionary, test=test, mixtures=mixtures, looks=looks)
 
 

@@ -36,7 +36,8 @@ def converter_error_bound(
     Holds where steps are normal float32 numbers (of ranges above 1e-35).
 
     Raises:
-        InputError: for shapes that do not fit, values that are not finite, or a lambda that is not positive.
+        InputError: for shapes that do not fit, values that are not finite, ranges that are negative, or a lambda that
+            is not positive.
     """
     wide, weights = np.asarray(x, np.float64), np.asarray(w, np.float64)
     if wide.ndim != 2 or weights.ndim != 2 or wide.shape[1] != weights.shape[0]:
@@ -50,6 +51,8 @@ def converter_error_bound(
     for name, values in (("x", wide), ("w", weights), ("input_range", ranges)):
         if values is not None and not np.isfinite(values).all():
             raise InputError(f"{name} has values that are not finite: nothing bounds what they become")
+    if ranges is not None and (ranges < 0).any():
+        raise InputError(f"input_range has a negative value, {ranges.min()}")
     if not 0 < adc_bound < float("inf"):
         raise InputError(f"adc_bound={adc_bound!r} must be positive and finite")
     total = np.zeros((wide.shape[0], weights.shape[1]))

@@ -22,6 +22,7 @@ from hetmoe.analog.noise_moments import programming_moments
 from hetmoe.analog.second_moment import Moments, linear_second_moment
 from hetmoe.analog.spec import AnalogSpec
 from hetmoe.errors import InputError
+from hetmoe.quantize.bounds.inputs import check_finite, check_same_shape
 from hetmoe.quantize.bounds.rounding import widened
 
 
@@ -36,13 +37,20 @@ def markov_bound(rms: Float64[np.ndarray, "tokens"], delta: float) -> Float64[np
     """What |e| exceeds with a probability of at most delta, whatever the noise; `rms` bounds `sqrt(E |e|^2)`.
 
     Raises:
-        InputError: unless `0 < delta < 1`.
+        InputError: unless `0 < delta < 1`, and `rms` is finite and not negative.
     """
+    check_finite("rms", rms, "tokens")
+    if (rms < 0).any():
+        raise InputError(f"rms has a negative value, {rms.min()}")
     return widened(rms / math.sqrt(check_delta(delta)))
 
 
 def linear_tail(
-    x: Float64[np.ndarray, "tokens K"], noise: Moments, slopes: Float64[np.ndarray, "K N"], delta: float
+    x: Float64[np.ndarray, "tokens K"],
+    noise: Moments,
+    slopes: Float64[np.ndarray, "K N"],
+    delta: float,
+    weights: Float64[np.ndarray, "tokens N"] | None = None,
 ) -> Float64[np.ndarray, "tokens"]:
     """What the norm of a matrix's output error exceeds with a probability of at most delta, by concentration.
 
@@ -51,14 +59,18 @@ def linear_tail(
         noise: exact moments of the deviations.
         slopes: L_ij, `draw_slopes`.
         delta: probability, for each token by itself.
+        weights: fixed factors of every output; None = 1.
 
     Raises:
-        InputError: unless `0 < delta < 1`.
+        InputError: unless `0 < delta < 1`; for inputs that are not finite, or shapes that do not fit.
     """
     reach = math.sqrt(2 * math.log(1 / check_delta(delta)))
-    rms = np.sqrt(linear_second_moment(x, noise).sum(axis=1))
-    steepest = np.sqrt(np.max(np.square(x) @ np.square(slopes), axis=1))
-    return widened(rms + reach * steepest)
+    check_finite("slopes", slopes, "K N")
+    check_same_shape("slopes", slopes, "noise", noise.mean)
+    square, steepest = linear_second_moment(x, noise), np.square(x) @ np.square(slopes)
+    if weights is not None:
+        square, steepest = square * np.square(weights), steepest * np.square(weights)
+    return widened(np.sqrt(square.sum(axis=1)) + reach * np.sqrt(np.max(steepest, axis=1)))
 
 
 def noise_of(w: Float[Array, "K N"], spec: AnalogSpec) -> Moments:

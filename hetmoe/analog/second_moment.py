@@ -21,7 +21,9 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float64
 
+from hetmoe.errors import InputError
 from hetmoe.quantize.bounds.expert import Activations, Expert
+from hetmoe.quantize.bounds.inputs import check_finite, check_inputs, check_same_shape
 from hetmoe.quantize.bounds.matrix_norms import spectral_norm
 from hetmoe.quantize.bounds.rounding import widened
 from hetmoe.quantize.bounds.silu import STEEPEST, silu, slope
@@ -32,14 +34,30 @@ MOST_CURVED = 0.5  # |silu''|, at 0: silu'' = s (1 - s) (2 + z (1 - 2 s)) with s
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Mean and variance of the deviation of every weight of a matrix `[K, N]`, float64."""
+    """Mean and variance of the deviation of every weight of a matrix `[K, N]`, float64.
+
+    Raises:
+        InputError: for shapes that differ, values that are not finite, or negative variances.
+    """
 
     mean: Float64[Array, "K N"]
     variance: Float64[Array, "K N"]
 
+    def __post_init__(self) -> None:
+        check_finite("mean", self.mean, "K N")
+        check_finite("variance", self.variance, "K N")
+        check_same_shape("mean", self.mean, "variance", self.variance)
+        if (self.variance < 0).any():
+            raise InputError(f"variance has a negative value, {self.variance.min()}")
+
 
 def linear_second_moment(x: Float64[Array, "tokens K"], noise: Moments) -> Float64[Array, "tokens N"]:
-    """`E (dW^T x)_j^2 = (sum_i b_ij x_i)^2 + sum_i v_ij x_i^2`, exactly."""
+    """`E (dW^T x)_j^2 = (sum_i b_ij x_i)^2 + sum_i v_ij x_i^2`, exactly.
+
+    Raises:
+        InputError: for inputs that are not finite `[tokens, K]`.
+    """
+    check_inputs(x, len(noise.mean))
     return np.square(x @ noise.mean) + np.square(x) @ noise.variance
 
 
@@ -50,6 +68,11 @@ class ExpertNoise:
     gate: Moments
     up: Moments
     down: Moments
+
+    def check(self, expert: Expert) -> None:
+        """Raises InputError unless they are of matrices of these shapes."""
+        for name in ("gate", "up", "down"):
+            check_same_shape(f"noise.{name}", getattr(self, name).mean, f"expert.{name}", getattr(expert, name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +93,12 @@ def expert_second_moment(
         clean: what the expert makes of them (`hetmoe.quantize.bounds.expert.activations`).
         expert: its weights.
         noise: of its weights.
+
+    Raises:
+        InputError: for shapes that do not fit, or inputs that are not finite.
     """
+    noise.check(expert)
+    check_inputs(x, len(expert.gate))
     da_mean, du_mean = np.abs(x @ noise.gate.mean), np.abs(x @ noise.up.mean)
     da_square, du_square = linear_second_moment(x, noise.gate), linear_second_moment(x, noise.up)
     da, du, s, u = np.sqrt(da_square), np.sqrt(du_square), np.abs(silu(clean.gate)), np.abs(clean.up)

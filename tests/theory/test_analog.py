@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxtyping import Array
 
 from hetmoe.analog.devices import DEVICES
 from hetmoe.analog.programming import matrix_key, program_matrix
@@ -23,7 +24,7 @@ from theory.analog import (
 )
 from theory.data import DataSpec
 from theory.model import ModelSpec, expert_outputs, forward, margins, routing_weights
-from theory.tolerance import HALVINGS, SCALES, highest, sensitivities, tolerances
+from theory.tolerance import HALVINGS, SCALES, first_failure, highest, sensitivities, tolerances
 from theory.train import TrainSpec, make_test
 
 KEY = jax.random.key(9)
@@ -116,7 +117,7 @@ def test_errors_of_single_experts() -> None:
             for chip in chips
         ]
     )
-    whole = sensitivities(*stacked, chips, SPEC, analog)[0]
+    whole = sensitivities(*stacked, chips[None], SPEC, analog)[0]
     np.testing.assert_allclose(whole, output_errors(bench, made), rtol=1e-4)
 
 
@@ -132,7 +133,7 @@ def fitted(seed: int) -> tuple[Bench, object]:
 @pytest.mark.parametrize("device", ["additive", "pcm"])
 def test_tolerance_is_the_first_scale_that_fails(device: str) -> None:
     analog = analog_spec(device, dac_bits=None, adc_bits=None)
-    chips = jax.random.split(KEY, 4)
+    chips = jax.random.split(KEY, (3, 4))
     digital = jnp.asarray([[False] * 4, [True, False, False, False], [True] * 4])
     runs = [fitted(seed) for seed in (1, 2, 3)]
     benches, mixtures = (jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts) for parts in zip(*runs, strict=True))
@@ -140,7 +141,7 @@ def test_tolerance_is_the_first_scale_that_fails(device: str) -> None:
     assert np.isinf(np.asarray(found)[:, 2]).all()  # nothing is noisy
 
     @jax.jit
-    def accuracies(scale, mixture, bench, where):
+    def accuracies(scale, mixture, bench, chips, where):
         made = jax.vmap(
             lambda chip: noisy_outputs(mixture, draw_chip(chip, mixture, SPEC), bench.inputs, SPEC, analog, scale)
         )(chips)
@@ -151,17 +152,53 @@ def test_tolerance_is_the_first_scale_that_fails(device: str) -> None:
         for place in range(2):
             c = float(found[run, place])
             grid = [s for s in SCALES if s < c / width]
-            assert all(float(accuracies(jnp.float32(s), mixture, bench, digital[place])) >= 0.99 for s in grid)
+            assert all(
+                float(accuracies(jnp.float32(s), mixture, bench, chips[run], digital[place])) >= 0.99 for s in grid
+            )
             # Just above the bisected end it fails, and just below it does not.
-            assert float(accuracies(jnp.float32(c * width), mixture, bench, digital[place])) < 0.99
-            assert float(accuracies(jnp.float32(c / width), mixture, bench, digital[place])) >= 0.99
+            assert float(accuracies(jnp.float32(c * width), mixture, bench, chips[run], digital[place])) < 0.99
+            assert float(accuracies(jnp.float32(c / width), mixture, bench, chips[run], digital[place])) >= 0.99
+
+
+def test_the_first_failure_goes_up_and_stops_at_the_first() -> None:
+    """Of failures that end again at larger scales; to 1.1 %."""
+    digital = jnp.eye(6, dtype=bool)
+    # By placement: [from, to] where it fails, besides everything above `last`.
+    begin, end = jnp.asarray([2.0, 0.3, 700.0, 5e3, 0.0, 0.004]), jnp.asarray([4.0, 0.6, 1e9, 1e9, 1e9, 1e9])
+    last = jnp.asarray([100.0, 50.0, 1e9, 1e9, 1e9, 1e9])
+
+    def fails(scale: Array, digital: Array) -> Array:
+        pick = jnp.argmax(digital, axis=1)
+        return ((begin[pick] <= scale) & (scale <= end[pick])) | (scale >= last[pick])
+
+    found = np.asarray(jax.jit(lambda d: first_failure(fails, d))(digital))
+    np.testing.assert_allclose(found[:3], [2.0, 0.3, 700.0], rtol=0.011)
+    assert np.isinf(found[3]) and found[4] == 0 and found[5] == 0  # never; without noise; below the first scale
+    assert SCALES[0] == 0.01 and 1000 < SCALES[-1] < 2000
+
+
+def test_every_level_counts() -> None:
+    """Two levels, of which only the second is wrong."""
+    data = DataSpec(patterns=6, sequence=4, levels=2)
+    bench, _ = bench_of(data)
+    mixture = mixture_of(SPEC)
+    out = jnp.einsum("lbpe,peo->lbo", bench.weights, bench.clean)
+    right = (out[..., 0] > 0).astype(bench.label.dtype)
+    for wrong, wanted in ((0, 0.0), (1, 0.0), (None, np.inf)):
+        label = right if wrong is None else right.at[wrong].set(1 - right[wrong])
+        stacked = jax.tree.map(lambda leaf: leaf[None], (mixture, bench._replace(label=label)))
+        everything = jnp.ones((1, 1, 4), bool)
+        found = tolerances(*stacked, jax.random.split(KEY, (1, 2)), everything, SPEC, analog_spec("additive"))
+        assert float(found[0, 0]) == wanted
 
 
 def test_a_mixture_that_is_wrong_without_noise_has_no_tolerance() -> None:
     bench, mixture = fitted(1)
     bench = bench._replace(label=1 - bench.label)
     stacked = jax.tree.map(lambda leaf: leaf[None], (mixture, bench))
-    found = tolerances(*stacked, jax.random.split(KEY, 2), jnp.zeros((1, 1, 4), bool), SPEC, analog_spec("additive"))
+    found = tolerances(
+        *stacked, jax.random.split(KEY, (1, 2)), jnp.zeros((1, 1, 4), bool), SPEC, analog_spec("additive")
+    )
     assert float(found[0, 0]) == 0.0
 
 

@@ -5,8 +5,18 @@ import pytest
 from scipy import stats
 
 from hetmoe.errors import InputError
-from theory.claims import CONDITIONS, FAILS, HOLDS, UNDECIDED, Claim, Finding, above, at_least, within
-from theory.statistics import Estimate, by_seed, mean, rank_correlations, ratio_of_means, share, slope_on
+from theory.claims import CONDITIONS, FAILS, HOLDS, NOT_DERIVED, UNDECIDED, Claim, Criterion, Finding
+from theory.statistics import (
+    Estimate,
+    by_seed,
+    log_of_mean,
+    mean,
+    median,
+    rank_correlations,
+    ratio_of_means,
+    share,
+    slope_on,
+)  # fmt: skip
 
 
 def estimate(low: float, high: float) -> Estimate:
@@ -31,6 +41,28 @@ def test_intervals_cover_what_they_should() -> None:
         assert found is not None and found.runs == 80 and found.low < found.value < found.high
         covered += found.low <= 1.0 <= found.high
     assert 0.95 - 4 * np.sqrt(0.95 * 0.05 / 200) - 0.03 < covered / 200 <= 1.0
+
+
+def test_intervals_are_of_95_percent() -> None:
+    """Of the mean of many seeds: 1.96 standard errors to either side, within what 2000 resamples tell of a quantile."""
+    values = np.random.default_rng(0).normal(size=(1, 400))
+    found = by_seed(values, mean)
+    assert found is not None
+    error = values.std() / np.sqrt(400)
+    np.testing.assert_allclose(
+        [found.low, found.high], found.value + 1.96 * error * np.array([-1, 1]), atol=0.15 * error
+    )
+
+
+def test_medians_count_infinite_values() -> None:
+    values = np.array([[1.0, np.inf, 3.0, np.nan, -np.inf, 2.0, 4.0]])
+    assert median(values) == 2.5 and np.isnan(median(values * np.nan))
+    assert np.isinf(median(np.array([1.0, np.inf, np.inf])))
+    assert by_seed(np.array([[1.0, np.inf, np.inf]]), median) is None
+    x, rows = np.log([1.0, 2.0, 4.0]), np.array([[1.0, 2.0, 3.0], [2.0, 3.0, np.inf], [-np.inf, 4.0, 5.0]])
+    assert slope_on(x, median)(rows) == pytest.approx(np.polyfit(x, [2.0, 3.0, 4.0], 1)[0])
+    assert slope_on(x, log_of_mean)(np.array([[-1.0, 2.0, 2.0], [2.0] * 3, [4.0] * 3])) == pytest.approx(1.0)
+    assert np.isnan(log_of_mean(np.array([-1.0, 0.5])))
 
 
 def test_seeds_are_resampled_with_all_their_frequencies() -> None:
@@ -77,9 +109,8 @@ def test_rank_correlations() -> None:
 @pytest.mark.parametrize(
     ("criterion", "met", "refuted", "neither"),
     [
-        (above(1.0), [(1.1, 2)], [(0, 0.9)], [(0.9, 1.1)]),
-        (within(0.9, 1.1), [(0.95, 1.05)], [(0.2, 0.8), (1.2, 3)], [(0.5, 1.5), (0.95, 1.2)]),
-        (at_least(1.0), [(0.5, 1.2), (1.5, 2)], [(0.3, 0.9), (-2, -1)], [(-0.1, 1.1)]),
+        (Criterion(1.0), [(1.1, 2)], [(0, 0.9)], [(0.9, 1.1)]),
+        (Criterion(0.9, 1.1), [(0.95, 1.05)], [(0.2, 0.8), (1.2, 3)], [(0.5, 1.5), (0.95, 1.2)]),
     ],
 )
 def test_criteria(criterion, met, refuted, neither) -> None:
@@ -100,10 +131,15 @@ GOOD, BAD, WIDE = estimate(2, 3), estimate(-2, -1), estimate(-1, 3)
         ({("a", "x"): GOOD, ("b", "x"): GOOD, ("a", "y"): BAD, ("b", "y"): GOOD}, CONDITIONS, ["x", "y (b)"]),
         ({("a", "x"): GOOD, ("b", "x"): None}, CONDITIONS, ["x (a)"]),
         ({("a", "x"): GOOD, ("b", "x"): GOOD, ("c", "x"): WIDE}, CONDITIONS, ["x (not c)"]),
-        ({}, UNDECIDED, []),
+        ({}, NOT_DERIVED, []),
+        ({(str(n), "x"): BAD if n < 10 else WIDE for n in range(20)}, FAILS, []),
+        ({(str(n), "x"): BAD if n < 9 else WIDE for n in range(20)}, UNDECIDED, []),
+        # One in twenty is what chance may do.
+        ({(str(n), "x"): GOOD if n < 1 else BAD for n in range(20)}, FAILS, []),
+        ({(str(n), "x"): GOOD if n < 2 else BAD for n in range(20)}, CONDITIONS, ["x (0, 1)"]),
     ],
 )
 def test_verdicts(cells, verdict: str, conditions: list[str]) -> None:
     findings = [Finding(row=row, column=column, estimate=found) for (row, column), found in cells.items()]
-    claim = Claim(name="n", statement="s", measured="m", criterion=above(1.0), findings=findings)
+    claim = Claim(name="n", statement="s", measured="m", criterion=Criterion(1.0), findings=findings)
     assert claim.verdict == verdict and claim.conditions == conditions

@@ -12,12 +12,12 @@ from hetmoe.errors import InputError
 from tests.theory.test_model import by_loops
 from theory.data import DataSpec, draw_sequences, level_probabilities
 from theory.model import ModelSpec
-from theory.train import LINEAR, TrainSpec, learned, losses, train
+from theory.train import TrainSpec, in_linear_part, learned, losses, train
 
 DATA = DataSpec(patterns=8, sequence=4)
 SMALL = TrainSpec(
-    data=DATA, model=ModelSpec(dim=8, experts=4, neurons=3, taken=2), batch=16, chunk=1, chunks=2, expert_rate=0.3,
-    router_rate=0.2, std=0.5, tests=32,
+    data=DATA, model=ModelSpec(dim=8, experts=4, neurons=3, taken=2), batch=16, single=2, chunk=1, chunks=1,
+    expert_rate=0.3, router_rate=0.2, std=0.5, tests=32,
 )  # fmt: skip
 KEYS = jax.random.split(jax.random.key(0), 3)
 
@@ -93,7 +93,8 @@ def test_a_step_is_the_slope_of_the_loss_times_the_rates(spec: TrainSpec) -> Non
 
 
 def test_what_is_kept_of_a_run() -> None:
-    spec = dataclasses.replace(SMALL, chunks=40, chunk=5)
+    spec = dataclasses.replace(SMALL, single=10, chunks=30, chunk=5)
+    assert spec.times.tolist() == [*range(10), *range(10, 161, 5)]
     found = train(KEYS, jnp.asarray([0.4, 0.1]), spec)
     looks = jax.tree.map(np.asarray, found.looks)
     assert looks.accuracy.shape == (2, 3, 41, 2) and found.mixtures.up.shape == (2, 3, 41, 4, 8, 3)
@@ -112,10 +113,36 @@ def test_what_is_kept_of_a_run() -> None:
         margin = outputs * (2 * test.drawn.label[level] - 1)
         np.testing.assert_allclose(looks.accuracy[1, 2, 7, level], (margin > 0).mean())
         np.testing.assert_allclose(looks.margin[1, 2, 7, level], margin.mean(), rtol=1e-4)
-        np.testing.assert_allclose(looks.active[1, 2, 7, level], (margin < LINEAR["hinge"]).mean())
+        np.testing.assert_allclose(looks.active[1, 2, 7, level], (margin < 1).mean())
     along = np.einsum("edm,rd->emr", np.asarray(mixture.up), np.asarray(found.dictionary[1, 2])[:4])
     np.testing.assert_allclose(looks.along[1, 2, 7], along, rtol=1e-4, atol=1e-5)
-    assert looks.loss[:, :, -1].max() < looks.loss[:, :, 0].min()
+    norm = np.linalg.norm(np.asarray(mixture.up), axis=1)
+    np.testing.assert_allclose(looks.norm[1, 2, 7], norm, rtol=1e-5)
+    assert looks.margin[:, :, -1].mean() > looks.margin[:, :, 0].mean() + 0.5
+
+
+def test_every_step_has_a_batch_of_its_own_wherever_looks_are() -> None:
+    """Mixtures of a run with other looks, and one step taken by hand late in a chunk."""
+    often = dataclasses.replace(SMALL, single=9, chunks=1, chunk=1)
+    seldom = dataclasses.replace(SMALL, single=1, chunks=2, chunk=4)
+    gamma = jnp.asarray([0.3])
+    each, some = (train(KEYS[:1], gamma, spec).mixtures for spec in (often, seldom))
+    assert seldom.times.tolist() == [0, 1, 5, 9]
+    for place, step in enumerate(seldom.times):
+        np.testing.assert_allclose(some.up[0, 0, place], each.up[0, 0, step], rtol=1e-5, atol=1e-7)
+    moves = np.diff(np.asarray(each.up[0, 0]), axis=0)
+    first = np.abs(moves[0]).max()
+    for one in range(1, 9):  # of another batch each: not the same move again
+        assert np.abs(moves[one] - moves[one - 1]).max() > 0.1 * first
+
+
+def test_the_linear_part_of_losses() -> None:
+    margin = jnp.asarray([-5.0, -0.3, -0.1, 0.1, 0.3, 1.1])
+    assert np.asarray(in_linear_part(margin, "hinge")).tolist() == [True] * 5 + [False]
+    assert np.asarray(in_linear_part(margin, "logistic")).tolist() == [False, False, True, True, False, False]
+    # There the slope of the logistic loss is that at 0, 1/2, to a tenth.
+    for end in (-0.2, 0.2):
+        assert abs(1 / (1 + np.exp(end)) / 0.5 - 1) < 0.1
 
 
 def test_weights_of_relevant_tokens() -> None:
@@ -145,7 +172,8 @@ def test_learned() -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"loss": "square"}, "loss='square'"), ({"batch": 0}, "batch=0"), ({"std": 0.0}, "std=0.0"),
+        ({"loss": "square"}, "loss='square'"), ({"batch": 0}, "batch=0"), ({"single": 0}, "single=0"),
+        ({"std": 0.0}, "std=0.0"),
         ({"expert_rate": float("nan")}, "expert_rate=nan"), ({"model": ModelSpec(dim=9)}, "9 dimensions"),
     ],
 )  # fmt: skip

@@ -16,6 +16,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float64
 
+from hetmoe.quantize.bounds.inputs import check_network
 from hetmoe.quantize.bounds.matrix_norms import column_norms, spectral_norm
 from hetmoe.quantize.bounds.rounding import UNIT, rounding, widened
 from hetmoe.quantize.bounds.silu import STEEPEST, silu, steepest_within
@@ -25,11 +26,18 @@ Array = np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class Expert:
-    """The matrices of one SwiGLU network in float64."""
+    """The matrices of one SwiGLU network in float64.
+
+    Raises:
+        InputError: for shapes that do not fit, or values that are not finite.
+    """
 
     gate: Float64[Array, "hidden inner"]
     up: Float64[Array, "hidden inner"]
     down: Float64[Array, "inner hidden"]
+
+    def __post_init__(self) -> None:
+        check_network(gate=self.gate, up=self.up, down=self.down)
 
     @property
     def matrices(self) -> tuple[Array, Array, Array]:
