@@ -55,7 +55,7 @@ def measured() -> Measured:
     scores = {"early": served + 0.01 * GAMMAS[:, None, None], "together": served**0.5 + 1e-3, "saturated": -served}
     c = np.stack([GAMMAS**1.5, GAMMAS**0.25, GAMMAS**0.25 / 2], axis=-1)[:, None] * np.ones((1, SEEDS, 1))
     odd = c.copy()
-    odd[0, 0, 0], odd[0, 1, 1], odd[1, 3, :2] = 0.0, np.inf, np.inf
+    odd[0, 0, 0], odd[2, 1, 1], odd[1, 3, :2] = 0.0, np.inf, np.inf
     tolerances, errors = {}, {}
     for stop in STOPS:
         tolerances[stop, FIRST], tolerances[stop, SECOND] = c, odd
@@ -174,6 +174,8 @@ def test_recorded_tolerances(measured: Measured) -> None:
     assert rows[0]["learned"] == list(range(8)) and rows[2]["learned"] == list(range(7))
     analog, high, _ = rows[0]["placements"].values()
     assert analog["seeds"] == [0.0, *[0.253] * 7] and analog["fail_without_noise"] == 1
-    assert high["seeds"][1] is None and high["bear_every_scale"] == 1 and high["median"] == 0.7953
+    assert high["bear_every_scale"] == 0 and high["median"] == 0.7953
+    _, endless, _ = rows[2]["placements"].values()
+    assert endless["seeds"][1] is None and endless["bear_every_scale"] == 1 and endless["median"] == 0.3976
     many = dataclasses.replace(measured, tolerances={("early", FIRST): np.full((3, SEEDS, 3), np.inf)})
     assert tolerance_rows(many, "early", FIRST)[0]["placements"]["all analog"]["median"] is None
