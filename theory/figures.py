@@ -67,6 +67,8 @@ def draw_curves(measured: Measured) -> Any:
         axes.legend(fontsize=8, frameon=False)
     for axes in panels.flat:
         _plain(axes)
+    for axes in panels[0, 1:]:
+        axes.set_xticks(gammas, [f"{gamma:g}" for gamma in gammas])
     figure.suptitle(
         f"{len(gammas)} frequencies x {measured.plan.seeds} seeds; tolerances: median and quartiles over seeds"
     )
@@ -79,7 +81,7 @@ def draw_training_claims(claims: Sequence[Claim]) -> Any:
     figure, panels = _figure((16, 8), 2, -(-len(chosen) // 2))
     for axes, claim in zip(panels.flat, chosen, strict=False):
         _intervals(axes, claim)
-        axes.legend(fontsize=8, frameon=False)
+        axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
     for axes in panels.flat[len(chosen) :]:
         axes.set_visible(False)
     return figure
@@ -92,7 +94,8 @@ def draw_device_claims(claims: Sequence[Claim]) -> Any:
     figure, panels = _figure((20, 0.34 * rows + 1.8), 1, len(chosen), sharey=True)
     for axes, claim in zip(panels[0], chosen, strict=True):
         _intervals(axes, claim)
-    panels[0, 0].legend(fontsize=8, frameon=False)
+    handles, names = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 

@@ -26,10 +26,7 @@ def print_claim(console: Console, claim: Claim) -> None:
         table.add_row(row, *(cells.get((row, column), "") for column in columns))
     console.print(table)
     conditions = f": {'; '.join(claim.conditions)}" if claim.conditions else ""
-    console.print(
-        f"{claim.verdict}{conditions} (criterion: {claim.criterion.words}). Cells: value [95 % interval] mixtures, "
-        "+ met, - refuted; of many cells 1 in 40 is met by chance where a value is on the limit\n"
-    )
+    console.print(f"{claim.verdict}{conditions} (criterion: {claim.criterion.words})\n", highlight=False)
 
 
 def _cell(claim: Claim, finding: Finding) -> str:
@@ -45,17 +42,17 @@ def print_tolerances(console: Console, measured: Measured) -> None:
     """Medians of c* over the mixtures that have learned, of every hardware, stopping rule and frequency."""
     for stop in STOPS:
         table = Table(
-            title=f"tolerances c*, {stop}: medians over learned mixtures, {', '.join(PLACEMENTS)}",
+            title=f"tolerances c*, {stop}: medians over learned mixtures, {' / '.join(PLACEMENTS)}",
             title_justify="left", title_style="bold",
         )  # fmt: skip
         for heading in ("hardware", *(f"gamma {gamma:g}" for gamma in measured.plan.gammas)):
             table.add_column(heading, justify="left" if heading == "hardware" else "right")
         for hardware in measured.plan.hardware:
             rows = tolerance_rows(measured, stop, hardware)
-            cells = [" ".join(_scale(part["median"]) for part in row["placements"].values()) for row in rows]
+            cells = [" / ".join(_scale(part["median"]) for part in row["placements"].values()) for row in rows]
             table.add_row(hardware.name, *cells)
         console.print(table)
-    console.print("0: wrong without noise, -: more than half bear every scale\n", highlight=False)
+    console.print("0: wrong without noise or at c = 0.01, -: at least half bear every scale\n", highlight=False)
 
 
 def _scale(value: float | None) -> str:
@@ -97,6 +94,15 @@ def tolerance_record(measured: Measured) -> list[dict[str, Any]]:
         for hardware in measured.plan.hardware
         for stop in STOPS
     ]
+
+
+def print_legend(console: Console) -> None:
+    """Of the cells of `print_claim`."""
+    console.print(
+        "Cells: value [95 % interval] mixtures (of how many), + criterion met, - excluded. Where a value is on the "
+        "limit 1 cell in 40 meets it by chance.\n",
+        highlight=False,
+    )  # fmt: skip
 
 
 def print_settings(console: Console, found: Mapping[str, Sequence[Claim]]) -> None:

@@ -32,6 +32,7 @@ from theory.report import (
     claim_record,
     print_bounds,
     print_claim,
+    print_legend,
     print_reference,
     print_settings,
     print_tolerances,
@@ -113,6 +114,7 @@ def claims_part(console: Console, options: Options) -> Result:
     found = all_claims(measured)
     for claim in found:
         print_claim(console, claim)
+    print_legend(console)
     print_tolerances(console, measured)
     record = {
         "claims": [claim_record(claim) for claim in found], "tolerances": tolerance_record(measured),

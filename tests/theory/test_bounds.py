@@ -123,11 +123,18 @@ def test_the_second_moment_is_that_of_many_chips(device: str) -> None:
 
 
 def test_bias_of_clipped_pairs_outweighs_their_variance() -> None:
-    """All-positive weights and inputs, 512 rows: the bias adds up like rows, the spread like their root."""
-    w = jnp.asarray(np.random.default_rng(0).uniform(0, 1, (512, 4)), jnp.float32)
-    noise, x = noise_of(w, analog_spec("pcm")), np.ones((1, 512))
-    ratio = np.square(x @ noise.mean) / (np.square(x) @ noise.variance)
-    assert (ratio > 5).all()
+    """All-positive weights and inputs: the bias adds up like rows, the spread like their root."""
+    ratios = {}
+    for rows in (128, 512, 1024):
+        # The same weights again and again, so that the range of a tile is the same.
+        w = jnp.tile(
+            jnp.abs(jnp.asarray(np.random.default_rng(0).normal(size=(128, 4)), jnp.float32)), (rows // 128, 1)
+        )
+        noise, x = noise_of(w, analog_spec("pcm")), np.ones((1, rows))
+        ratios[rows] = np.square(x @ noise.mean) / (np.square(x) @ noise.variance)
+    np.testing.assert_allclose(ratios[512], 4 * ratios[128], rtol=1e-5)
+    np.testing.assert_allclose(ratios[1024], 8 * ratios[128], rtol=1e-5)
+    assert (ratios[1024] > 10).all()
 
 
 @pytest.mark.parametrize("kind", ["two-layer", "gated"])
