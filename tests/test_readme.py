@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+from typing import Any
 
 from hetmoe.sweep.config import read_config
 from hetmoe.sweep.points import expand
@@ -10,9 +11,10 @@ from hetmoe.sweep.points import expand
 def test_python_of_the_readme_runs() -> None:
     text = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     exec("\n".join(blocks), names)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
+    assert (names["rms"] > 0).all() and (names["tail"] > names["rms"]).all() and len(names["tail"]) == 5
     assert names["per_seed"].shape == (2, 1, 9, 4096) and (names["per_seed"][0] != names["per_seed"][1]).any()
     assert names["logits"].shape == (1, 9, 4096)
 

@@ -5,7 +5,6 @@ within the standard error of the chips.
 """
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hetmoe.analog.devices.pair import DifferentialPair
@@ -32,15 +31,14 @@ def linear_cases(seed: int, device: str, chips: int) -> list[Case]:
     )
     # Tiles of 16 rows: devices that map each to its own range have several.
     spec = analog_spec(device, noise_scale=float(np.exp(rng.uniform(-2, 1))), tile_rows=int(rng.choice([16, 512])))
-    single = jnp.asarray(w, jnp.float32)
-    noise = noise_of(single, spec)
+    noise = noise_of(w, spec)
     errors = np.einsum("tk,ckn->ctn", x, programmed(_key(rng), w, spec, chips) - w)
     root, error = root_mean_square(errors)
     bound = np.sqrt(linear_second_moment(x, noise).sum(axis=1))
     norms = np.linalg.norm(errors, axis=2)
     found = [case_of("linear, second moment", device, root, bound, error, exact=True)]
     tails = {
-        "concentration": linear_tail(x, noise, draw_slopes(single, spec), DELTA), "Markov": markov_bound(bound, DELTA)
+        "concentration": linear_tail(x, noise, draw_slopes(w, spec), DELTA), "Markov": markov_bound(bound, DELTA)
     }  # fmt: skip
     found += [_tail_case(f"linear, {name}", device, norms, tail) for name, tail in tails.items()]
     if device == "proportional":
@@ -69,7 +67,7 @@ def expert_cases(seed: int, device: str, chips: int) -> list[Case]:
     gate, up = (random_weights(rng, hidden, inner, 0.5) for _ in range(2))
     down = random_weights(rng, inner, hidden, 0.5)
     held = [programmed(_key(rng), w, spec, chips) for w in (gate, up, down)]
-    noise = [noise_of(jnp.asarray(w, jnp.float32), spec) for w in (gate, up, down)]
+    noise = [noise_of(w, spec) for w in (gate, up, down)]
     relu, relu_noise = TwoLayer(up, down), TwoLayerNoise(noise[1], noise[2])
     swiglu, swiglu_noise = Expert(gate, up, down), ExpertNoise(*noise)
     before = activations(x, swiglu)

@@ -96,7 +96,7 @@ def _of_expert(
     found = dict[str, tuple[np.ndarray, np.ndarray]]()
     size, size_up = np.linalg.norm(before.out, axis=1), np.linalg.norm(before.up, axis=1)
     for name, spec in specs.items():
-        noise = ExpertNoise(*(noise_of(jnp.asarray(w, jnp.float32), spec) for w in clean.matrices))
+        noise = ExpertNoise(*(noise_of(w, spec) for w in clean.matrices))
         keys = jax.random.split(key, len(EXPERT_MATRICES))
         held = [programmed(k, w, spec, chips) for k, w in zip(keys, clean.matrices, strict=True)]
         errors = np.stack([activations(x, Expert(*one)).out for one in zip(*held, strict=True)]) - before.out

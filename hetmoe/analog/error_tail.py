@@ -25,6 +25,8 @@ from hetmoe.errors import InputError
 from hetmoe.quantize.bounds.inputs import check_finite, check_same_shape
 from hetmoe.quantize.bounds.rounding import widened
 
+Weights = Float[Array, "K N"] | Float[np.ndarray, "K N"]
+
 
 def check_delta(delta: float) -> float:
     """Raises InputError unless it is a probability above 0 and below 1."""
@@ -73,19 +75,19 @@ def linear_tail(
     return widened(np.sqrt(square.sum(axis=1)) + reach * np.sqrt(np.max(steepest, axis=1)))
 
 
-def noise_of(w: Float[Array, "K N"], spec: AnalogSpec) -> Moments:
-    """The exact moments of programming noise, float64.
+def noise_of(w: Weights, spec: AnalogSpec) -> Moments:
+    """The exact moments of programming noise, float64; of weights as they are in float32.
 
     Raises:
         InputError: for a spec with a time, at which they are not known in closed form.
     """
     if spec.time_s is not None:
         raise InputError("moments are exact right after programming only: give a spec without time_s")
-    found = jax.jit(programming_moments)(w, spec)
+    found = jax.jit(programming_moments)(jnp.asarray(w, jnp.float32), spec)
     return Moments(np.asarray(found.mean, np.float64), np.asarray(found.variance, np.float64))
 
 
-def draw_slopes(w: Float[Array, "K N"], spec: AnalogSpec) -> Float64[np.ndarray, "K N"]:
+def draw_slopes(w: Weights, spec: AnalogSpec) -> Float64[np.ndarray, "K N"]:
     """Largest slope of every weight's deviation in its standard normals, right after programming.
 
     Of a differential pair the root of the sum of both devices' squared spreads before clipping; of other devices, which
@@ -94,7 +96,7 @@ def draw_slopes(w: Float[Array, "K N"], spec: AnalogSpec) -> Float64[np.ndarray,
     Raises:
         InputError: as `noise_of`.
     """
-    device, target = spec.device, w.astype(jnp.float32)
+    device, target = spec.device, jnp.asarray(w, jnp.float32)
     moments = noise_of(w, spec)
     if not isinstance(device, DifferentialPair):
         return np.sqrt(moments.variance)

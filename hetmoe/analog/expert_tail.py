@@ -18,7 +18,6 @@ SwiGLU experts, with SiLU's steepest slope L: `dh = ds u + silu(a) du + ds du`, 
 import math
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float64
 
@@ -52,12 +51,12 @@ class ExpertSlopes(NamedTuple):
 
 def two_layer_slopes(expert: TwoLayer, spec: AnalogSpec) -> TwoLayerSlopes:
     """Of an expert on these devices, right after programming."""
-    return TwoLayerSlopes(*(draw_slopes(jnp.asarray(w, jnp.float32), spec) for w in (expert.up, expert.down)))
+    return TwoLayerSlopes(*(draw_slopes(w, spec) for w in (expert.up, expert.down)))
 
 
 def expert_slopes(expert: Expert, spec: AnalogSpec) -> ExpertSlopes:
     """Likewise."""
-    return ExpertSlopes(*(draw_slopes(jnp.asarray(w, jnp.float32), spec) for w in expert.matrices))
+    return ExpertSlopes(*(draw_slopes(w, spec) for w in expert.matrices))
 
 
 def two_layer_tail(

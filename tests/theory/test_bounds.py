@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import integrate
+from scipy.special import expit
 
 from hetmoe.analog.converter_error import converter_error_bound
 from hetmoe.analog.devices import DEVICES, Stream, group_range
@@ -106,7 +108,7 @@ def test_the_second_moment_is_that_of_many_chips(device: str) -> None:
     w, x = rng.uniform(0.1, 1, (8, 3)), rng.uniform(0.2, 1, (2, 8))
     w[:, 2] *= rng.choice([-1, 1], 8)
     spec = analog_spec(device, noise_scale=1.5)
-    noise = noise_of(jnp.asarray(w, jnp.float32), spec)
+    noise = noise_of(w, spec)
     off = programmed(jax.random.key(1), w, spec, CHIPS) - w.astype(np.float32)
     errors = np.einsum("tk,ckn->ctn", x, off)
     # The sign of the bias is lost in squares. Five standard errors: one of 10^6 tests is beyond by chance.
@@ -204,6 +206,21 @@ def test_small_gaussian_noise_is_not_lost_in_rounding(size: float) -> None:
     slope = s * (1 + a * (1 - s))
     wanted = of_last(np.square(slope * u) * spread[0] + np.square(a * s) * spread[1], a * s * u)
     np.testing.assert_allclose(swiglu_exact(x, Expert(gate, up, down), ExpertNoise(*noise)), wanted, rtol=1e-3)
+
+
+@pytest.mark.parametrize("std", [0.1, 1.0, 10.0])
+def test_moments_of_silu(std: float) -> None:
+    """One neuron, whose gate is noisy: against adaptive quadrature."""
+    one, none, gate, up, down = np.ones((1, 1)), np.zeros((1, 1)), 0.7, 2.0, 3.0
+    noise = ExpertNoise(Moments(none, std**2 * one), Moments(none, none), Moments(none, none))
+
+    def squared_move(z: float) -> float:
+        noisy = gate + std * z
+        return (noisy * expit(noisy) - gate * expit(gate)) ** 2 * np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)
+
+    wanted = np.sqrt(integrate.quad(squared_move, -12, 12, limit=400, points=[-gate / std])[0]) * up * down
+    found = swiglu_exact(one, Expert(gate * one, up * one, down * one), noise)
+    np.testing.assert_allclose(found, wanted, rtol=4e-4)  # what `NODES` says
 
 
 def test_bias_of_an_active_neuron_reaches_the_bound() -> None:
