@@ -1,5 +1,6 @@
 """The command line: `python -m theory all`."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,11 +11,12 @@ from hetmoe.cli import USAGE_ERRORS
 from hetmoe.errors import InputError
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Checks the neuron-norm claims on synthetic training of two-layer mixtures of experts, and the error bounds.",
 )  # fmt: skip
 
 INTERRUPTED = 130  # what typer returns after Ctrl-C
+MOST_SEEDS = 2**20  # each has a thousand seeds of cases behind it
 
 QUICK = Annotated[bool, typer.Option("--quick", help="Few seeds, frequencies and devices: under a minute.")]
 SEEDS = Annotated[int | None, typer.Option(help="Mixtures of each frequency; default 16 (settings: 8), quick 4.")]
@@ -36,8 +38,8 @@ def _run(
 
     if seeds is not None and seeds < 2:
         raise InputError(f"--seeds {seeds} must be at least 2")
-    if seed < 0:
-        raise InputError(f"--seed {seed} must be at least 0")
+    if not 0 <= seed < MOST_SEEDS:
+        raise InputError(f"--seed {seed} must be from 0 to {MOST_SEEDS - 1}")
     # Of the settings none has fewer experts than the analysed one.
     most = BASE.model.experts - 1
     if digital is not None and not 0 < digital <= most:
@@ -84,9 +86,9 @@ def everything(
 
 
 def main() -> None:
-    """Entry point; what the user got wrong is one line."""
+    """Entry point; what the user got wrong is one line, and without a command there is help."""
     try:
-        code = app(standalone_mode=False)
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except InputError as error:
         print(f"theory: {error}", file=sys.stderr)
         sys.exit(2)
@@ -97,8 +99,13 @@ def main() -> None:
         where = "" if error.filename is None else f"{error.filename}: "
         print(f"theory: {where}{error.strerror or error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
     if code == INTERRUPTED:
-        print("theory: interrupted; parts that were done are written", file=sys.stderr)
+        print("theory: interrupted; with -o, parts that were done are written", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        # XLA's threads may be in the middle of a program, and crash when the process is taken down around them.
+        os._exit(INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -11,11 +11,12 @@ from theory.noise_cases import expert_cases, linear_cases
 
 
 def search(cases: int, chips: int, devices: tuple[str, ...] = tuple(DEVICES), *, seed: int = 0) -> list[Case]:
-    """Random cases of every bound, `cases` for every device."""
+    """Random cases of every bound, `cases` for every device, and ten times as many of what no device is in."""
     found = list[Case]()
     for number in range(cases):
         first = 1000 * (cases * seed + number)
         for index, device in enumerate(devices):
             found += linear_cases(first + index, device, chips) + expert_cases(first + index, device, chips)
-        found += converter_cases(first) + quantization_cases(first) + routing_cases(first)
+        for index in range(10):
+            found += [case for of in (converter_cases, quantization_cases, routing_cases) for case in of(first + index)]
     return found

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from theory.statistics import Estimate
 
 HOLDS, CONDITIONS, FAILS = "holds", "holds with conditions", "does not hold here"
-UNDECIDED, NOT_DERIVED = "undecided: intervals too wide", "not derived for this setting"
+UNDECIDED, NOT_DERIVED = "undecided: intervals too wide, or none", "not derived for this setting"
 BY_CHANCE = 0.05  # share of cells that may meet a criterion by chance, at intervals of 95 %
 
 

@@ -17,14 +17,16 @@ from hetmoe.evaluate.text import heldout_files
 from hetmoe.models.model import Model
 from hetmoe.models.trajectory import trajectory
 from hetmoe.ops.crossbar_matmul.api import crossbar_matmul
+from hetmoe.quantize.bounds.certify import certify
 from hetmoe.quantize.bounds.expert import Expert, activations
-from hetmoe.quantize.bounds.report import rounded_rows
+from hetmoe.quantize.bounds.report import rounded_experts, rows_of
 from hetmoe.quantize.bounds.weights import expert_weights
 from hetmoe.quantize.budget import EXPERT_MATRICES
 from hetmoe.quantize.grid import Grid
 from theory.cases import over, programmed, root_mean_square
 
 ADC_BOUND = 12.0
+EXACT = ("matrix 'up', pcm", "expert, proportional")  # kinds whose second moment is exact
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,7 @@ class Layer:
         number: in the model.
         measured: errors, relative to the size of the clean output.
         bound: of them, likewise.
-        rounded: what `hetmoe.quantize.bounds.report.rounded_rows` says of the layer.
+        rounded: what `hetmoe.quantize.bounds.report.rows_of` says of the layer, with its bits.
     """
 
     number: int
@@ -61,7 +63,9 @@ def reference_layers(
     windows, _ = unevaluated_text(model, heldout_files(), tokens=tokens, seq=min(tokens, 64))
     text = jnp.asarray(windows.tokens[:, :-1])
     kept = trajectory(model.params, text, model.config)
-    rounded = rounded_rows(model.params, text, model.config, Grid(bits=bits, group=128, symmetric=False))
+    quantized = rounded_experts(model.params, Grid(bits=bits, group=128, symmetric=False))
+    certificate = certify(model.params, quantized, text, model.config)
+    rounded = [{"bits": bits, **row} for row in rows_of(certificate, model.config)]
     specs = {
         device: analog_spec(device, noise_scale=noise_scale),
         "proportional": analog_spec("proportional", noise_scale=noise_scale / 20),

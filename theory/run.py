@@ -118,7 +118,7 @@ def claims_part(console: Console, options: Options) -> Result:
     print_tolerances(console, measured)
     record = {
         "claims": [claim_record(claim) for claim in found], "tolerances": tolerance_record(measured),
-        "gammas": plan.gammas, "seeds": plan.seeds,
+        "plan": dataclasses.asdict(plan), "gammas": plan.gammas,
     }  # fmt: skip
     figures = {
         "curves": lambda: draw_curves(measured), "training": lambda: draw_training_claims(found),
@@ -137,7 +137,9 @@ def settings_part(console: Console, options: Options) -> Result:
             seeds=options.seeds or (4 if options.quick else 8), seed=options.seed, chips=4 if options.quick else 8,
             hardware=FEW_HARDWARE, digital=options.digital or spec.model.experts // 2,
         )  # fmt: skip
+        started = time.perf_counter()
         found[name] = all_claims(measure(plan))
+        console.print(f"{name}: {time.perf_counter() - started:.0f} s", highlight=False)
     print_settings(console, found)
     record = {name: [claim_record(claim) for claim in claims] for name, claims in found.items()}
     return {"settings": record}, {"settings": lambda: draw_settings(found)}
@@ -168,7 +170,9 @@ def reference_part(console: Console, options: Options) -> Result:
     print_reference(console, table, [layer.rounded for layer in layers])
     routing = [{k: v for k, v in layer.rounded.items() if k.startswith("whole_model")} for layer in layers]
     record = {"reference": {"errors": table, "routing": routing}}
-    return record, {"reference": lambda: draw_reference("reference model, pcm at c = 2", layers)}
+    return record, {
+        "reference": lambda: draw_reference("reference model, pcm at c = 2, proportional at c = 0.1", layers)
+    }
 
 
 PARTS: dict[str, Part] = {

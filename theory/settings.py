@@ -31,6 +31,7 @@ SETTINGS: MappingProxyType[str, TrainSpec] = MappingProxyType(
         "neurons of both votes": _changed(model={"votes": "neuron"}),
         "routers learn five times as fast": dataclasses.replace(BASE, router_rate=5 * BASE.router_rate),
         "routers learn a fifth as fast": dataclasses.replace(BASE, router_rate=BASE.router_rate / 5),
+        "start ten times smaller": dataclasses.replace(BASE, std=BASE.std / 10),
         "sixteen experts": _changed(model={"experts": 16}),
     }
 )

@@ -5,6 +5,9 @@ tile's output j is off by at most `d_j = sum_i e_i |w_ij|`. Its ADC of bound b a
 the output, which is at most `|y_j| + d_j`, exceeds b. Blocks add up.
 """
 
+from typing import Any
+
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -39,22 +42,11 @@ def converter_error_bound(
         InputError: for shapes that do not fit, values that are not finite, ranges that are negative, or a lambda that
             is not positive.
     """
-    wide, weights = np.asarray(x, np.float64), np.asarray(w, np.float64)
-    if wide.ndim != 2 or weights.ndim != 2 or wide.shape[1] != weights.shape[0]:
-        raise InputError(
-            f"x{list(wide.shape)} @ w{list(weights.shape)}: the last axis of x must equal the first of w[K, N]"
-        )
-    ranges = None if input_range is None else np.asarray(input_range, np.float64)
-    blocks = row_blocks(weights.shape[0], options.tile_rows)
-    if ranges is not None and ranges.shape != (len(blocks),):
-        raise InputError(f"input_range has shape {list(ranges.shape)}: one range per row-block is [{len(blocks)}]")
-    for name, values in (("x", wide), ("w", weights), ("input_range", ranges)):
-        if values is not None and not np.isfinite(values).all():
-            raise InputError(f"{name} has values that are not finite: nothing bounds what they become")
-    if ranges is not None and (ranges < 0).any():
-        raise InputError(f"input_range has a negative value, {ranges.min()}")
+    wide, weights, ranges = _checked(x, w, input_range, options)
+    adc_bound = float(adc_bound)
     if not 0 < adc_bound < float("inf"):
         raise InputError(f"adc_bound={adc_bound!r} must be positive and finite")
+    blocks = row_blocks(weights.shape[0], options.tile_rows)
     total = np.zeros((wide.shape[0], weights.shape[1]))
     for block, (start, size) in enumerate(blocks):
         part, tile = wide[:, start : start + size], weights[start : start + size]
@@ -76,3 +68,29 @@ def converter_error_bound(
             rounding = rounding + 16 * SINGLE * bound
         total += moved + rounding
     return total
+
+
+def _checked(
+    x: Any, w: Any, input_range: Any, options: CrossbarOptions
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """(inputs, weights, ranges) in float64."""
+    for name, values in (("x", x), ("w", w)):
+        if np.asarray(values).dtype.kind not in "fiu" and np.asarray(values).dtype != jnp.bfloat16:
+            raise InputError(f"{name} is {np.asarray(values).dtype}: it must be real numbers")
+    if not isinstance(options, CrossbarOptions):
+        raise InputError(f"options={options!r} must be CrossbarOptions, such as analog_spec(...).options")
+    wide, weights = np.asarray(x, np.float64), np.asarray(w, np.float64)
+    if wide.ndim != 2 or weights.ndim != 2 or wide.shape[1] != weights.shape[0]:
+        raise InputError(
+            f"x{list(wide.shape)} @ w{list(weights.shape)}: the last axis of x must equal the first of w[K, N]"
+        )
+    ranges = None if input_range is None else np.asarray(input_range, np.float64)
+    blocks = row_blocks(weights.shape[0], options.tile_rows)
+    if ranges is not None and ranges.shape != (len(blocks),):
+        raise InputError(f"input_range has shape {list(ranges.shape)}: one range per row-block is [{len(blocks)}]")
+    for name, values in (("x", wide), ("w", weights), ("input_range", ranges)):
+        if values is not None and not np.isfinite(values).all():
+            raise InputError(f"{name} has values that are not finite: nothing bounds what they become")
+    if ranges is not None and (ranges < 0).any():
+        raise InputError(f"input_range has a negative value, {ranges.min()}")
+    return wide, weights, ranges

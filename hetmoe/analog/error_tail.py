@@ -76,15 +76,30 @@ def linear_tail(
 
 
 def noise_of(w: Weights, spec: AnalogSpec) -> Moments:
-    """The exact moments of programming noise, float64; of weights as they are in float32.
+    """The moments of programming noise, float64; of weights as they are in float32.
+
+    Exact but for float32, in which devices are calculated: about 1e-6 of each. Powers of 2 are taken out first, so that
+    weights of any magnitude have them.
 
     Raises:
-        InputError: for a spec with a time, at which they are not known in closed form.
+        InputError: for a spec with a time, at which they are not known in closed form; for weights that are not finite
+            `[K, N]`.
     """
+    single, unit = _scaled(w, spec)
+    found = jax.jit(programming_moments)(single, spec)
+    return Moments(np.asarray(found.mean, np.float64) * unit, np.asarray(found.variance, np.float64) * unit**2)
+
+
+def _scaled(w: Weights, spec: AnalogSpec) -> tuple[Array, float]:
+    """(weights over a power of 2 so that the largest is about 1, that power): noise is proportional to both."""
+    if not isinstance(spec, AnalogSpec):
+        raise InputError(f"spec={spec!r} must be an AnalogSpec: analog_spec('pcm', ...)")
     if spec.time_s is not None:
         raise InputError("moments are exact right after programming only: give a spec without time_s")
-    found = jax.jit(programming_moments)(jnp.asarray(w, jnp.float32), spec)
-    return Moments(np.asarray(found.mean, np.float64), np.asarray(found.variance, np.float64))
+    wide = np.asarray(w, np.float64)
+    check_finite("w", wide, "K N")
+    unit = float(np.exp2(np.floor(np.log2(np.abs(wide).max())))) if wide.any() else 1.0
+    return jnp.asarray(wide / unit, jnp.float32), unit
 
 
 def draw_slopes(w: Weights, spec: AnalogSpec) -> Float64[np.ndarray, "K N"]:
@@ -96,12 +111,11 @@ def draw_slopes(w: Weights, spec: AnalogSpec) -> Float64[np.ndarray, "K N"]:
     Raises:
         InputError: as `noise_of`.
     """
-    device, target = spec.device, jnp.asarray(w, jnp.float32)
-    moments = noise_of(w, spec)
+    device, (target, unit) = spec.device, _scaled(w, spec)
     if not isinstance(device, DifferentialPair):
-        return np.sqrt(moments.variance)
+        return np.sqrt(noise_of(w, spec).variance)
     largest = group_range(target, device.scale_group, spec.options.tile_rows).largest
     g = relative(target, largest) * device.g_max_us
     spreads = (device.programming_std(jnp.maximum(part, 0.0)) for part in (g, -g))
     both = jnp.sqrt(sum(jnp.square(spread) for spread in spreads))
-    return np.asarray(spec.noise_scale * both * (largest / device.g_max_us), np.float64)
+    return np.asarray(spec.noise_scale * both * (largest / device.g_max_us), np.float64) * unit

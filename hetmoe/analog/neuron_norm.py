@@ -39,10 +39,13 @@ def expert_neuron_norm_bound(
 ) -> Float64[Array, "tokens"]:
     """Bounds `sqrt(E |df|^2)` of a two-layer ReLU expert whose first layer is noisy like that.
 
-    ReLU's Lipschitz constant is 1, so neurons move by no more than their inputs, and the last layer makes of that at
-    most its spectral norm.
+    ReLU's Lipschitz constant is 1, so neurons move by no more than their inputs: `rms(dh_i) <= c max|x| |w_i|`.
+    The last layer makes of that at most `sum_i |w_i| |V_i|` (Minkowski's inequality: each neuron by the product of
+    norms that MaxNNScore is made of), and at most its spectral norm times the root of `sum_i |w_i|^2`.
 
     Raises:
         InputError: as `neuron_norm_bound`.
     """
-    return widened(neuron_norm_bound(x, expert.up, noise_scale) * spectral_norm(expert.down))
+    together = neuron_norm_bound(x, expert.up, noise_scale) * spectral_norm(expert.down)
+    norms = np.linalg.norm(expert.up, axis=0) * np.linalg.norm(expert.down, axis=1)
+    return widened(np.minimum(together, noise_scale * np.abs(x).max(axis=1) * norms.sum()))

@@ -99,6 +99,11 @@ def expert_second_moment(
     """
     noise.check(expert)
     check_inputs(x, len(expert.gate))
+    if clean.gate.shape != (len(x), expert.gate.shape[1]):
+        raise InputError(
+            f"activations of {list(clean.gate.shape)} are not those of {len(x)} tokens and {expert.gate.shape[1]} "
+            "neurons: give activations(x, expert)"
+        )
     da_mean, du_mean = np.abs(x @ noise.gate.mean), np.abs(x @ noise.up.mean)
     da_square, du_square = linear_second_moment(x, noise.gate), linear_second_moment(x, noise.up)
     da, du, s, u = np.sqrt(da_square), np.sqrt(du_square), np.abs(silu(clean.gate)), np.abs(clean.up)

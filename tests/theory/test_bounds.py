@@ -353,9 +353,44 @@ def test_neuron_norms() -> None:
     expert = TwoLayer(np.array([[3.0], [4.0]]), np.array([[2.0, 1.0]]))
     found = expert_neuron_norm_bound(np.ones((1, 2)), expert, 0.1)
     np.testing.assert_allclose(found, 0.1 * 5 * np.sqrt(5), rtol=1e-6)
+    # Of neurons that share an output norms add up, `sum |w_i| |V_i|`, or all go by the spectral norm.
+    shared = TwoLayer(np.array([[3.0, 1.0], [4.0, 0.0]]), np.array([[1.0], [1.0]]))
+    np.testing.assert_allclose(expert_neuron_norm_bound(np.ones((1, 2)), shared, 0.1), 0.1 * 6, rtol=1e-6)
+    apart = TwoLayer(np.array([[3.0, 1.0], [4.0, 0.0]]), np.eye(2))
+    np.testing.assert_allclose(expert_neuron_norm_bound(np.ones((1, 2)), apart, 0.1), 0.1 * np.sqrt(26), rtol=1e-6)
     for c in (-1.0, float("nan")):
         with pytest.raises(InputError, match="noise_scale="):
             neuron_norm_bound(x, w, c)
+
+
+def test_neurons_at_their_threshold_stay_below_neuron_norms() -> None:
+    """Eight neurons with w.x = 0 and one vote: noise of any size moves them all one way."""
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(6, 8))
+    x = np.ones((1, 6))
+    w -= w.mean(axis=0)
+    expert, still = TwoLayer(w, np.ones((8, 1))), Moments(np.zeros((8, 1)), np.zeros((8, 1)))
+    for c in (1e-3, 1.0):
+        noise = TwoLayerNoise(Moments(np.zeros(w.shape), np.square(c * w)), still)
+        exact = two_layer_exact(x, expert, noise)
+        assert exact[0] > c * np.sqrt(np.square(w).sum()) > 0  # more than independent errors would make
+        assert exact <= expert_neuron_norm_bound(x, expert, c)
+        assert exact <= two_layer_second_moment(x, expert, noise).rms
+
+
+@pytest.mark.parametrize("device", list(DEVICES))
+def test_moments_of_weights_of_any_magnitude(device: str) -> None:
+    """They are proportional to the weights and to their square, far beyond what float32 squares hold."""
+    w = np.random.default_rng(0).normal(size=(20, 3))
+    spec = analog_spec(device, noise_scale=1.5, tile_rows=8)
+    base, slopes = noise_of(w, spec), draw_slopes(w, spec)
+    for power in (-80, -30, 70):
+        size = 2.0**power
+        found = noise_of(w * size, spec)
+        np.testing.assert_array_equal(found.mean, base.mean * size)
+        np.testing.assert_array_equal(found.variance, base.variance * size**2)
+        np.testing.assert_array_equal(draw_slopes(w * size, spec), slopes * size)
+    assert np.isfinite(noise_of(0 * w, spec).variance).all()
 
 
 @settings(max_examples=30)
@@ -395,16 +430,27 @@ REFUSED = {
     "TwoLayer(W, W)": "down has 3 rows, but up 2 neurons (columns)",
     "Expert(W, W[:2], W.T)": "up has shape [2, 2], but gate [3, 2]",
     "Expert(W, W * np.nan, W.T)": "up[0, 0] is nan",
-    "two_layer(X[:, :2], TwoLayer(W, W.T))": "x has 2 columns",
-    "two_layer_second_moment(X, TwoLayer(W, W.T), TwoLayerNoise(DOWN, DOWN))": "noise.up has shape [2, 3]",
-    "two_layer_exact(X * np.nan, TwoLayer(W, W.T), TwoLayerNoise(NONE, DOWN))": "x[0, 0] is nan",
-    "two_layer_tail(X, TwoLayer(W, W.T), TwoLayerNoise(NONE, DOWN), TwoLayerSlopes(W, W), 0.1)": "slopes",
-    "two_layer_change_bound(X, TwoLayer(W, W.T), W, W)": "down_change has shape [3, 2], but down [2, 3]",
-    "swiglu_exact(X, GATED, ExpertNoise(NONE, NONE, NONE))": "noise.down has shape [3, 2], but expert.down [2, 3]",
-    "expert_second_moment(X * np.nan, activations(X, GATED), GATED, ExpertNoise(NONE, NONE, DOWN))": "x[0, 0] is nan",
-    "expert_tail(X, GATED, ExpertNoise(NONE, NONE, DOWN), ExpertSlopes(W, W, W.T), 2.0)": "delta=2.0",
-    "neuron_norm_bound(X[0], W, 0.1)": "x has shape [3]: it must be [tokens, K]",
-    "expert_neuron_norm_bound(X[:, :2], TwoLayer(W, W.T), 0.1)": "x has 2 columns",
+    "linear_second_moment(np.full((2, 3), 100, np.int8), NONE)": "x is int8: bounds take float64 arrays",
+    "two_layer_second_moment(np.float16(X), TwoLayer(W, W.T), TwoLayerNoise(NONE, DOWN))": "x is float16",
+    "linear_second_moment(X + 1j, NONE)": "x is complex128",
+    "Moments(np.float32(W), W)": "mean is float32",
+    "noise_of(W, 'pcm')": "spec='pcm' must be an AnalogSpec",
+    "noise_of(W[0], SPEC)": "w has shape [2]: it must be [K, N]",
+    "noise_of(W * np.nan, SPEC)": "w[0, 0] is nan",
+    "draw_slopes(W * np.inf, SPEC)": "w[0, 0] is inf",
+    "half_steps(W)": "half_steps takes a Packed matrix, not ndarray",
+    "activation_bound(CHANGE, activations(X, GATED), np.ones(2), -np.ones(2))": "radius[0] is -1.0",
+    "activation_bound(CHANGE, activations(X, GATED), np.ones(3), np.ones(2))": "size has shape [3]: it must be [2]",
+    "norm_bound(CHANGE, np.array([1.0, np.nan]))": "size[1] is nan",
+    "change_of(GATED, Expert(W[:, :1], W[:, :1], W.T[:1]))": "changed.gate has shape [3, 1], but clean.gate [3, 2]",
+    "expert_second_moment(X, activations(X[:1], GATED), GATED, ExpertNoise(NONE, NONE, DOWN))": "activations of [1, 2]",
+    "routing_margin(X, W, 3)": "experts_per_token=3 must be from 1 to 2",
+    "routing_margin(X * np.nan, W, 1)": "x[0, 0] is nan",
+    "certain_sets(ROUTED, NORMS, -np.ones(2), None, None)": "radius[0] is -1.0",
+    "certain_sets(ROUTED, NORMS, np.ones(1), None, None)": "radius has shape [1]: it must be [2]",
+    "converter_error_bound(X + 1j, W, input_range=None, adc_bound=1.0, options=SPEC.options)": "x is complex128",
+    "converter_error_bound(X, W, input_range=None, adc_bound=1.0, options=SPEC)": "must be CrossbarOptions",
+    "converter_error_bound(X, W, input_range=-X[0, :1], adc_bound=1.0, options=SPEC.options)": "negative value, -1.0",
 }
 
 
@@ -412,17 +458,25 @@ def test_bounds_refuse_what_they_cannot_bound() -> None:
     """In a process of its own: here shapes are checked by the tests themselves (`check_arrays`)."""
     script = f"""
 import numpy as np
-from hetmoe.analog.error_tail import linear_tail, markov_bound
+from hetmoe.analog.error_tail import draw_slopes, linear_tail, markov_bound, noise_of
 from hetmoe.analog.expert_tail import ExpertSlopes, TwoLayerSlopes, expert_tail, two_layer_tail
 from hetmoe.analog.gaussian_moments import swiglu_exact, two_layer_exact
 from hetmoe.analog.neuron_norm import expert_neuron_norm_bound, neuron_norm_bound
 from hetmoe.analog.second_moment import ExpertNoise, Moments, expert_second_moment, linear_second_moment
 from hetmoe.analog.two_layer import TwoLayer, TwoLayerNoise, two_layer, two_layer_change_bound, two_layer_second_moment
 from hetmoe.errors import InputError
-from hetmoe.quantize.bounds.expert import Expert, activations
+from hetmoe.quantize.bounds.a_priori import half_steps
+from hetmoe.quantize.bounds.expert import Expert, activation_bound, activations, change_of, norm_bound
+from hetmoe.quantize.bounds.routing import Routed
+from hetmoe.quantize.bounds.routing_change import certain_sets, router_norms
+from hetmoe.quantize.bounds.stability_margin import routing_margin
+from hetmoe.analog.converter_error import converter_error_bound
+from hetmoe.analog.spec import analog_spec
 X, W = np.ones((2, 3)), np.ones((3, 2))
 NONE, DOWN = Moments(0 * W, 0 * W), Moments(0 * W.T, 0 * W.T)
-GATED = Expert(W, W, W.T)
+GATED, SPEC = Expert(W, W, W.T), analog_spec("pcm")
+CHANGE, NORMS = change_of(GATED, GATED), router_norms(np.ones(3), W)
+ROUTED = Routed(X @ W, np.zeros((2, 1), int), np.ones((2, 1)))
 for ask in {list(REFUSED)}:
     try:
         print("a number:", eval(ask))

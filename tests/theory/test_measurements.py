@@ -37,7 +37,7 @@ def measured() -> Measured:
     along[:, 1, :, 0, 3, 1] = 0.01
     active = np.ones((*runs, LOOKS, levels))
     active[:, :, 4:, 0] = 0.0  # frequent patterns leave the linear regime after the fourth look
-    margin = np.sqrt(probability)[:, None, None, :] * np.arange(LOOKS)[:, None]
+    margin = 0.5 + np.sqrt(probability)[:, None, None, :] * np.arange(LOOKS)[:, None]  # from chance on
     accuracy = np.zeros((*runs, LOOKS, levels))
     for row, look in enumerate((1, 2, 4)):
         accuracy[row, :, look:] = 1.0

@@ -68,7 +68,15 @@ def _packed_of(stack: MixedMatrix, layer: int, expert: int) -> Packed:
 
 
 def half_steps(packed: Packed) -> np.ndarray:
-    """By how much round-to-nearest may have moved each weight: half a step and float32's rounding, float64 `[K, N]`."""
+    """By how much round-to-nearest may have moved each weight: half a step and float32's rounding, float64 `[K, N]`.
+
+    Raises:
+        InputError: for what is not packed (`pack(round_to_nearest(w, grid))`).
+    """
+    if not isinstance(packed, Packed):
+        raise InputError(
+            f"half_steps takes a Packed matrix, not {type(packed).__name__}: pack(round_to_nearest(w, grid))"
+        )
     steps = np.repeat(np.asarray(packed.scale, np.float64), packed.grid.group, axis=-2)
     # Where weights are so small that their step is below float32's normal numbers, it is 0, and so are they.
     return steps * (0.5 + slack(packed.grid)) + 2.0**packed.grid.bits * TINIEST

@@ -16,7 +16,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float64
 
-from hetmoe.quantize.bounds.inputs import check_network
+from hetmoe.quantize.bounds.inputs import check_inputs, check_network, check_same_shape, check_sizes
 from hetmoe.quantize.bounds.matrix_norms import column_norms, spectral_norm
 from hetmoe.quantize.bounds.rounding import UNIT, rounding, widened
 from hetmoe.quantize.bounds.silu import STEEPEST, silu, steepest_within
@@ -103,7 +103,13 @@ def norms(expert: Expert) -> Norms:
 
 
 def change_of(clean: Expert, changed: Expert) -> Change:
-    """The actual differences of two versions of an expert."""
+    """The actual differences of two versions of an expert.
+
+    Raises:
+        InputError: for experts of different sizes.
+    """
+    for name in ("gate", "down"):
+        check_same_shape(f"changed.{name}", getattr(changed, name), f"clean.{name}", getattr(clean, name))
     return Change(norms(clean), norms(changed), norms(changed.minus(clean)))
 
 
@@ -145,7 +151,11 @@ def norm_bound(change: Change, size: Float64[Array, "tokens"]) -> Float64[Array,
     Args:
         change: of the expert (`change_of`, or `a_priori_change`).
         size: Euclidean norm of each token's input.
+
+    Raises:
+        InputError: for sizes that are not float64 `[tokens]` of at least 0.
     """
+    check_sizes("size", size, len(size))
     return error_constant(change) * np.square(size) + evaluation_rounding(change, size)
 
 
@@ -160,7 +170,12 @@ class Activations:
 
 
 def activations(x: Float64[Array, "tokens hidden"], expert: Expert) -> Activations:
-    """Of tokens with inputs x."""
+    """Of tokens with inputs x.
+
+    Raises:
+        InputError: for inputs that are not finite float64 `[tokens, hidden]`.
+    """
+    check_inputs(x, len(expert.gate))
     gate, up = x @ expert.gate, x @ expert.up
     hidden = silu(gate) * up
     return Activations(gate, up, hidden, hidden @ expert.down)
@@ -181,7 +196,12 @@ def activation_bound(
         clean: activations of x.
         size: `|x|` of each token.
         radius: 0 for the change that the weights alone make.
+
+    Raises:
+        InputError: for sizes or radii that are not float64 `[tokens]` of at least 0, or activations of other tokens.
     """
+    for name, values in (("size", size), ("radius", radius)):
+        check_sizes(name, values, len(clean.gate))
     old, new, diff = change.clean, change.changed, change.difference
     x, r = size[:, None], radius[:, None]
     gate, up = diff.gate * x + new.gate * r, diff.up * x + new.up * r

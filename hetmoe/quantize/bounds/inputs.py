@@ -1,12 +1,32 @@
-"""What bounds refuse: arrays of the wrong number of axes, values that are not finite, widths that do not fit."""
+"""What bounds refuse: other dtypes than float64, axes and widths that do not fit, values that are not finite.
+
+Bounds are calculated in the dtype of what they are given: squares of int8 or float16 would overflow or vanish in it.
+"""
 
 import numpy as np
 
 from hetmoe.errors import InputError
 
 
+def check_float64(name: str, values: np.ndarray) -> None:
+    """Raises InputError unless it is a numpy array of float64."""
+    if not isinstance(values, np.ndarray) or values.dtype != np.float64:
+        kind = getattr(values, "dtype", type(values).__name__)
+        raise InputError(f"{name} is {kind}: bounds take float64 arrays, np.asarray({name}, np.float64)")
+
+
+def check_sizes(name: str, values: np.ndarray, tokens: int) -> None:
+    """Raises InputError unless there is one number for each token, of at least 0 (infinity is one)."""
+    check_float64(name, values)
+    if values.shape != (tokens,):
+        raise InputError(f"{name} has shape {list(values.shape)}: it must be [{tokens}], one for each token")
+    if not (values >= 0).all():
+        raise InputError(f"{name}[{int(np.argmin(values >= 0))}] is {values[~(values >= 0)][0]}: it must be at least 0")
+
+
 def check_finite(name: str, values: np.ndarray, axes: str) -> None:
-    """Raises InputError unless an array has these axes (`"K N"`) and finite numbers only."""
+    """Raises InputError unless an array is float64, and has these axes (`"K N"`) and finite numbers only."""
+    check_float64(name, values)
     found = np.shape(values)
     if len(found) != len(axes.split()):
         raise InputError(f"{name} has shape {list(found)}: it must be [{', '.join(axes.split())}]")

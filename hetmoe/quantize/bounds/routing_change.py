@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float64
 from scipy.special import expit
 
 from hetmoe.models.config import ModelConfig
+from hetmoe.quantize.bounds.inputs import check_finite, check_sizes
 from hetmoe.quantize.bounds.rounding import rounding, widened
 from hetmoe.quantize.bounds.routing import (
     TO_DIVIDE,
@@ -65,7 +66,12 @@ def certain_sets(
         radius: bound of the change of the normed state, without the norm's gain.
         bias: selection bias, if the router has one.
         config: of the model.
+
+    Raises:
+        InputError: for radii that are not float64 `[tokens]` of at least 0, or logits that are not finite.
     """
+    check_finite("logits", routed.logits, "tokens experts")
+    check_sizes("radius", radius, len(routed.logits))
     logits, keys = routed.logits, order_keys(routed.logits, bias, config)
     by_logits = orders_by_logits(bias, config)
     each = norms.logit_radius(radius)

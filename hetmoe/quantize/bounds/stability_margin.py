@@ -5,8 +5,10 @@ from jaxtyping import Float64
 
 from hetmoe.errors import InputError
 from hetmoe.models.config import ModelConfig
-from hetmoe.quantize.bounds.routing import Routed
-from hetmoe.quantize.bounds.routing_change import RouterNorms, certain_sets
+from hetmoe.quantize.bounds.inputs import check_finite, check_inputs
+from hetmoe.quantize.bounds.rounding import MARGIN, UNIT
+from hetmoe.quantize.bounds.routing import Routed, largest
+from hetmoe.quantize.bounds.routing_change import RouterNorms, certain_sets, router_norms
 
 SMALLEST, LARGEST = -200.0, 100.0  # exponents of 2 between which radii are searched
 HALVINGS = 60  # of that interval: to the last bit
@@ -37,9 +39,6 @@ def stability_margin(
     Raises:
         InputError: for logits that are not finite.
     """
-    if not np.isfinite(routed.logits).all():
-        bad = int(np.argmin(np.isfinite(routed.logits).all(axis=1)))
-        raise InputError(f"token {bad} has logits that are not finite: no margin keeps its experts")
     tokens = len(routed.logits)
     least, most = np.full(tokens, SMALLEST), np.full(tokens, LARGEST)
 
@@ -52,3 +51,34 @@ def stability_margin(
         stays = certain(middle)
         least, most = np.where(stays, middle, least), np.where(stays, most, middle)
     return np.where(endless, np.inf, np.where(never, 0.0, np.exp2(least)))
+
+
+def routing_margin(
+    x: Float64[np.ndarray, "tokens hidden"], router: Float64[np.ndarray, "hidden experts"], experts_per_token: int
+) -> Float64[np.ndarray, "tokens"]:
+    """`stability_margin` of a router that takes the largest logits of `x @ router`, from arrays alone.
+
+    Args:
+        x: the router's inputs; moves are of these.
+        router: its weights.
+        experts_per_token: how many experts are chosen.
+
+    Raises:
+        InputError: for arrays that are not finite float64 or do not fit, or a number of experts that there are not.
+    """
+    check_finite("router", router, "hidden experts")
+    check_inputs(x, len(router))
+    experts = router.shape[1]
+    if not 1 <= experts_per_token <= experts:
+        raise InputError(
+            f"experts_per_token={experts_per_token} must be from 1 to {experts}, the experts of the router"
+        )
+    norms, logits = router_norms(np.ones(len(router)), router), x @ router
+    order = largest(logits, experts)
+    chosen, others = order[:, :experts_per_token], order[:, experts_per_token:]
+    apart = np.take_along_axis(logits, chosen, 1)[:, :, None] - np.take_along_axis(logits, others, 1)[:, None, :]
+    lost = norms.logit_radius(np.linalg.norm(x, axis=1) * UNIT * 2 * len(router))  # rounding of the logits themselves
+    lost = 2 * lost.max(axis=1)[:, None, None]
+    between = np.maximum(norms.pair[chosen[:, :, None], others[:, None, :]], np.finfo(np.float64).tiny)
+    margins = np.maximum(apart - lost, 0) / between / MARGIN
+    return margins.reshape(len(x), -1).min(axis=1, initial=np.inf)

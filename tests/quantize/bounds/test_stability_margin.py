@@ -6,7 +6,7 @@ import pytest
 from hetmoe.errors import InputError
 from hetmoe.quantize.bounds.routing import Routed, choose
 from hetmoe.quantize.bounds.routing_change import certain_sets, router_norms
-from hetmoe.quantize.bounds.stability_margin import stability_margin
+from hetmoe.quantize.bounds.stability_margin import routing_margin, stability_margin
 from tests.models.tiny import tiny_config
 from tests.quantize.bounds.test_routing_bounds import KINDS, draw
 
@@ -60,5 +60,19 @@ def test_level_experts_have_no_margin() -> None:
 def test_logits_that_are_not_numbers_have_no_margin() -> None:
     config = tiny_config(num_experts=2, experts_per_token=1)
     routed = Routed(np.array([[1.0, 0.0], [np.nan, 0.0]]), np.array([[0], [1]]), np.ones((2, 1)))
-    with pytest.raises(InputError, match="token 1 has logits that are not finite"):
+    with pytest.raises(InputError, match=r"logits\[1, 0\] is nan"):
         stability_margin(routed, router_norms(np.ones(1), np.ones((1, 2))), None, config)
+
+
+@pytest.mark.parametrize("taken", [1, 3, 5])
+def test_margins_from_arrays_alone(taken: int) -> None:
+    rng = np.random.default_rng(taken)
+    x, router = rng.normal(size=(8, 7)), rng.normal(size=(7, 5))
+    config = tiny_config(num_experts=5, experts_per_token=taken)
+    wanted = stability_margin(choose(x @ router, None, config), router_norms(np.ones(7), router), None, config)
+    np.testing.assert_allclose(routing_margin(x, router, taken), wanted, rtol=1e-7)
+    router[:, 1] = router[:, 0]  # level wherever one of them is chosen and the other is not
+    found = routing_margin(x, router, taken)
+    order = np.argsort(-(x @ router), axis=1, kind="stable")[:, :taken]
+    level = (order == 0).any(axis=1) != (order == 1).any(axis=1)
+    assert not found[level].any() and (found[~level] > 0).all()
