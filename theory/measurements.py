@@ -1,7 +1,7 @@
 """From one setting's runs to findings on every claim."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from theory.experiment import STOPS, Measured
 from theory.growth import Growth, growth, linear_looks, pattern_frequency
 from theory.specialisation import all_held, held_apart, holders, served_frequency
 from theory.statistics import (
+    Statistic,
     by_seed,
     known_runs,
     log_of_mean,
@@ -240,14 +241,14 @@ def tolerance_claims(measured: Measured) -> list[Claim]:
     ]  # fmt: skip
 
 
-def _finding(row: str, column: str, values: np.ndarray, statistic: Callable[[np.ndarray], float]) -> Finding:
+def _finding(row: str, column: str, values: np.ndarray, statistic: Statistic) -> Finding:
     return Finding(
         row=row, column=column, estimate=by_seed(values, statistic), excluded=int((~known_runs(values)).sum())
     )  # fmt: skip
 
 
-def _median_factor(logs: np.ndarray) -> float:
-    return float(np.exp(median(logs)))
+def _median_factor(logs: np.ndarray) -> np.ndarray:
+    return np.exp(median(logs))
 
 
 def _log(values: np.ndarray) -> np.ndarray:

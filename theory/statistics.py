@@ -44,10 +44,11 @@ def share(hits: np.ndarray) -> Estimate:
     return Estimate(value=float(values.mean()), low=float(found.low), high=float(found.high), runs=values.size)
 
 
-def by_seed(
-    values: Float[np.ndarray, "gammas seeds *parts"],
-    statistic: Callable[[Float[np.ndarray, "gammas seeds *parts"]], float],
-) -> Estimate | None:
+Statistic = Callable[[Float[np.ndarray, "*resamples gammas seeds"]], Float[np.ndarray, "*resamples"]]
+"""Of runs; of all resamples at once."""
+
+
+def by_seed(values: Float[np.ndarray, "gammas seeds *parts"], statistic: Statistic) -> Estimate | None:
     """A statistic of runs, with the percentile interval of resampling seeds.
 
     A seed is resampled with its runs at all frequencies, which have the dictionary and the initial weights in common.
@@ -63,8 +64,7 @@ def by_seed(
     draws = np.random.default_rng(_BOOTSTRAP).integers(0, values.shape[1], (RESAMPLES, values.shape[1]))
     # Medians of censored values may be infinite, or of both infinities.
     with np.errstate(invalid="ignore"):
-        whole = statistic(values)
-        again = np.array([statistic(values[:, draw]) for draw in draws])
+        whole, again = statistic(values), statistic(np.moveaxis(values[:, draws], 1, 0))
         again = again[~np.isnan(again)]
         if len(again) < 0.95 * RESAMPLES:
             return None
@@ -79,33 +79,40 @@ def known_runs(values: Float[np.ndarray, "gammas seeds *parts"]) -> Bool[np.ndar
     return ~np.any(np.isnan(values).reshape(*values.shape[:2], -1), axis=2)
 
 
-def ratio_of_means(values: Float[np.ndarray, "gammas seeds 2"]) -> float:
+def ratio_of_means(values: Float[np.ndarray, "*resamples gammas seeds 2"]) -> Float[np.ndarray, "*resamples"]:
     """Of the first part to the second, over all runs that have both."""
-    first, second = values[known_runs(values)].sum(axis=0) if known_runs(values).any() else (np.nan, np.nan)
-    return float(first / second) if second else float("nan")
+    known = ~np.isnan(values).any(axis=-1, keepdims=True)
+    first, second = np.moveaxis(np.where(known, values, 0.0).sum(axis=(-3, -2)), -1, 0)
+    return np.divide(first, second, out=np.full_like(first, np.nan), where=second != 0)
 
 
-def mean(values: Float[np.ndarray, "*runs"]) -> float:
-    """Of all runs that have a value."""
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if known.size else float("nan")
+def mean(values: Float[np.ndarray, "*resamples gammas seeds"], axes: int = 2) -> Float[np.ndarray, "*resamples"]:
+    """Over the last axes, of all runs that have a value."""
+    flat = values.reshape(*values.shape[: values.ndim - axes], -1)
+    known = ~np.isnan(flat)
+    count, total = known.sum(axis=-1), np.where(known, flat, 0.0).sum(axis=-1)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def median(values: Float[np.ndarray, "*runs"]) -> float:
-    """Of all runs that have a value; infinite ones count by their sign."""
-    known = values[~np.isnan(values)]
-    return float(np.median(known)) if known.size else float("nan")
+def median(values: Float[np.ndarray, "*resamples gammas seeds"], axes: int = 2) -> Float[np.ndarray, "*resamples"]:
+    """Over the last axes, of all runs that have a value; infinite ones count by their sign."""
+    flat = np.sort(values.reshape(*values.shape[: values.ndim - axes], -1), axis=-1)  # NaN comes last
+    count = (~np.isnan(flat)).sum(axis=-1, keepdims=True)
+    low, high = (np.take_along_axis(flat, np.maximum(at, 0), axis=-1)[..., 0] for at in ((count - 1) // 2, count // 2))
+    with np.errstate(invalid="ignore"):  # between both infinities there is nothing
+        middle = np.where(low == high, low, (low + high) / 2)
+    return np.where(count[..., 0] > 0, middle, np.nan)
 
 
-def log_of_mean(values: Float[np.ndarray, "*runs"]) -> float:
+def log_of_mean(values: Float[np.ndarray, "*resamples gammas seeds"], axes: int = 2) -> Float[np.ndarray, "*resamples"]:
     """Of the mean of all runs that have a value, which may be negative; NaN unless that is positive."""
-    found = mean(values)
-    return float(np.log(found)) if found > 0 else float("nan")
+    found = mean(values, axes)
+    return np.where(found > 0, np.log(np.where(found > 0, found, 1.0)), np.nan)
 
 
 def slope_on(
-    x: Float[np.ndarray, "gammas"], centre: Callable[[Float[np.ndarray, "*runs"]], float] = mean, least: int = 3
-) -> Callable[[Float[np.ndarray, "gammas seeds"]], float]:
+    x: Float[np.ndarray, "gammas"], centre: Callable[[np.ndarray, int], np.ndarray] = mean, least: int = 3
+) -> Statistic:
     """The least-squares slope on x of a summary of each frequency's seeds, all frequencies alike.
 
     Args:
@@ -114,13 +121,14 @@ def slope_on(
         least: runs that a frequency must have to count, and frequencies that there must be.
     """
 
-    def slope(values: np.ndarray) -> float:
-        rows = (~np.isnan(values)).sum(axis=1) >= least
-        if rows.sum() < least:
-            return float("nan")
-        centres = np.array([centre(row) for row in values[rows]])
-        from_mean = x[rows] - x[rows].mean()
-        return float(from_mean @ centres / (from_mean @ from_mean))
+    def slope(values: np.ndarray) -> np.ndarray:
+        rows = (~np.isnan(values)).sum(axis=-1) >= least
+        centres, count = np.where(rows, centre(values, 1), 0.0), rows.sum(axis=-1)
+        middle = (rows * x).sum(axis=-1) / np.maximum(count, 1)
+        from_middle = rows * (x - middle[..., None])
+        spread = np.square(from_middle).sum(axis=-1)
+        found = (from_middle * centres).sum(axis=-1) / np.where(spread > 0, spread, 1.0)
+        return np.where((count >= least) & (spread > 0), found, np.nan)
 
     return slope
 

@@ -54,15 +54,30 @@ def test_intervals_are_of_95_percent() -> None:
     )
 
 
+def test_statistics_are_of_each_resample() -> None:
+    """Stacked arrays give what each gives alone."""
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=(20, 4, 7))
+    values[rng.random(values.shape) < 0.2] = np.nan
+    values[rng.random(values.shape) < 0.1] = np.inf
+    x = np.log([1.0, 2.0, 4.0, 8.0])
+    for statistic in (mean, median, log_of_mean, slope_on(x), slope_on(x, median)):
+        with np.errstate(invalid="ignore"):
+            np.testing.assert_array_equal(statistic(values), [statistic(one) for one in values])
+    pairs = np.stack([values, values**2], axis=-1)
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_array_equal(ratio_of_means(pairs), [ratio_of_means(one) for one in pairs])
+
+
 def test_medians_count_infinite_values() -> None:
     values = np.array([[1.0, np.inf, 3.0, np.nan, -np.inf, 2.0, 4.0]])
     assert median(values) == 2.5 and np.isnan(median(values * np.nan))
-    assert np.isinf(median(np.array([1.0, np.inf, np.inf])))
+    assert np.isinf(median(np.array([[1.0, np.inf, np.inf]]))) and np.isnan(median(np.array([[-np.inf, np.inf]])))
     assert by_seed(np.array([[1.0, np.inf, np.inf]]), median) is None
     x, rows = np.log([1.0, 2.0, 4.0]), np.array([[1.0, 2.0, 3.0], [2.0, 3.0, np.inf], [-np.inf, 4.0, 5.0]])
     assert slope_on(x, median)(rows) == pytest.approx(np.polyfit(x, [2.0, 3.0, 4.0], 1)[0])
     assert slope_on(x, log_of_mean)(np.array([[-1.0, 2.0, 2.0], [2.0] * 3, [4.0] * 3])) == pytest.approx(1.0)
-    assert np.isnan(log_of_mean(np.array([-1.0, 0.5])))
+    assert np.isnan(log_of_mean(np.array([[-1.0, 0.5]])))
 
 
 def test_seeds_are_resampled_with_all_their_frequencies() -> None:
