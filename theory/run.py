@@ -4,6 +4,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hetmoe.evaluate.provenance import provenance
 from hetmoe.files import check_new_directory, make_directory, write_bytes
 from hetmoe.report.render import to_files, with_settings
 from theory.bounds import search
+from theory.claims import Claim
 from theory.experiment import Hardware, Plan, measure
 from theory.figures import (
     draw_bounds,
@@ -44,6 +46,7 @@ from theory.train import TrainSpec
 QUICK_GAMMAS = (0.4, 0.2, 0.1)
 QUICK_SETTINGS = ("noisy tokens",)
 GAMMAS = (0.4, 0.2, 0.1, 0.05, 0.025)
+AT_ONCE = 2  # settings: what one of them compiles another one calculates beside
 FEW_HARDWARE = Hardware("proportional", False), Hardware("pcm", True)
 
 Result = tuple[dict[str, Any], dict[str, Callable[[], Any]]]
@@ -129,17 +132,25 @@ def claims_part(console: Console, options: Options) -> Result:
 
 def settings_part(console: Console, options: Options) -> Result:
     """Every claim where one thing is changed."""
-    found = dict[str, Any]()
-    for name in QUICK_SETTINGS if options.quick else tuple(SETTINGS):
+    names = QUICK_SETTINGS if options.quick else tuple(SETTINGS)
+
+    def claims_of(name: str) -> tuple[list[Claim], float]:
+        started = time.perf_counter()
         spec = shortened(SETTINGS[name]) if options.quick else SETTINGS[name]
         plan = Plan(
             train=spec, gammas=QUICK_GAMMAS if options.quick else (0.4, 0.1, 0.025),
             seeds=options.seeds or (4 if options.quick else 8), seed=options.seed, chips=4 if options.quick else 8,
             hardware=FEW_HARDWARE, digital=options.digital or spec.model.experts // 2,
         )  # fmt: skip
-        started = time.perf_counter()
-        found[name] = all_claims(measure(plan))
-        console.print(f"{name}: {time.perf_counter() - started:.0f} s", highlight=False)
+        return all_claims(measure(plan)), time.perf_counter() - started
+
+    found, pool = dict[str, list[Claim]](), ThreadPoolExecutor(AT_ONCE)
+    try:
+        for name, (claims, seconds) in zip(names, pool.map(claims_of, names), strict=True):
+            found[name] = claims
+            console.print(f"{name}: {seconds:.0f} s", highlight=False)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
     print_settings(console, found)
     record = {name: [claim_record(claim) for claim in claims] for name, claims in found.items()}
     return {"settings": record}, {"settings": lambda: draw_settings(found)}
