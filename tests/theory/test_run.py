@@ -180,7 +180,7 @@ def test_plans_of_options(monkeypatch) -> None:
         return plans[0]
 
     whole, quick = plan_of("claims", Options()), plan_of("claims", Options(quick=True, seeds=3, seed=9, digital=2))
-    settings = plan_of("settings", Options())  # last: its threads may still note
+    settings = plan_of("settings", Options())
     assert {(h.device, h.converters) for h in whole.hardware} == {(d, c) for d in DEVICES for c in (False, True)}
     assert (len(whole.gammas), whole.seeds, whole.digital) == (5, 16, 4)
     assert {h.name for h in settings.hardware} == {"proportional, without converters", "pcm, with converters"}
