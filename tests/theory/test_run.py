@@ -225,7 +225,7 @@ def test_placements_and_times_of_a_measurement(monkeypatch) -> None:
         assert each is hardware[place % 2] and analog.device == analog_spec(each.device).device
         assert analog.options.adc_bits == (8 if each.converters else None)
         scores = measured.scores[stop].reshape(6, 4)
-        np.testing.assert_allclose(scores, np.linalg.norm(mixtures.up, axis=1).max(axis=1), rtol=1e-5)
+        np.testing.assert_allclose(scores, np.linalg.norm(mixtures.up, axis=2).max(axis=2), rtol=1e-5)
         assert not digital[:, 0].any() and (digital[:, 1:].sum(axis=-1) == 1).all()
         assert (digital[:, 1].argmax(axis=1) == scores.argmax(axis=1)).all()
         assert (digital[:, 2].argmax(axis=1) != scores.argmax(axis=1)).any()
