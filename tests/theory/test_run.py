@@ -213,10 +213,12 @@ def test_placements_and_times_of_a_measurement(monkeypatch) -> None:
         return jnp.asarray(digital, jnp.float32).sum(axis=-1)
 
     monkeypatch.setattr("theory.experiment.tolerances", answer)
+    # Of one seed, one mixture has learned so much in time and the other has not.
+    monkeypatch.setattr("theory.train.LEARNED", 0.9)
     hardware = (Hardware("pcm", True), Hardware("additive", False))
     train = TrainSpec(
         data=DataSpec(patterns=8, sequence=4), model=ModelSpec(dim=8, experts=4, neurons=3), batch=32, single=2,
-        chunk=8, chunks=3, expert_rate=0.5, router_rate=0.5, std=0.3, tests=16,
+        chunk=8, chunks=2, expert_rate=0.5, router_rate=0.5, std=0.3, tests=16,
     )  # fmt: skip
     measured = measure(Plan(train=train, gammas=(0.4, 0.3), seeds=3, chips=2, hardware=hardware, digital=1))
     assert len(asked) == 3 * 2
@@ -235,11 +237,17 @@ def test_placements_and_times_of_a_measurement(monkeypatch) -> None:
         np.testing.assert_array_equal(keys[0], keys[1])
         assert len(np.unique(keys[0], axis=0)) == 3
     accuracy = np.asarray(measured.looks.accuracy)
+    good = (accuracy >= 0.9).all(axis=3)
+    wanted = {
+        "early": [[2, 4, 2], [3, 4, 2]], "together": [[3, 4, 2], [3, 4, 2]], "saturated": [[4] * 3] * 2,
+    }  # fmt: skip
     for stop, at in measured.stopped.items():
-        look = np.take_along_axis(accuracy, at[..., None, None], axis=2)[:, :, 0]
-        np.testing.assert_array_equal(measured.look(stop).accuracy, look)
-        able = (look >= 0.99).all(axis=2)
-        np.testing.assert_array_equal(measured.learned[stop], able.all(axis=0) & able if stop == "together" else able)
+        assert at.tolist() == wanted[stop]
+        for where in np.ndindex(2, 3):
+            np.testing.assert_array_equal(measured.look(stop).accuracy[where], accuracy[where][at[where]])
+    assert good[..., -1].tolist() == [[True, False, True], [True, True, True]]
+    assert measured.learned["early"].tolist() == measured.learned["saturated"].tolist() == good[..., -1].tolist()
+    assert measured.learned["together"].tolist() == [[True, False, True]] * 2
 
 
 def test_bad_options_are_one_line(tmp_path: Path) -> None:
