@@ -10,13 +10,15 @@ from theory.digital_cases import converter_cases, quantization_cases, routing_ca
 from theory.noise_cases import expert_cases, linear_cases
 
 
-def search(cases: int, chips: int, devices: tuple[str, ...] = tuple(DEVICES), *, seed: int = 0) -> list[Case]:
-    """Random cases of every bound, `cases` for every device, and ten times as many of what no device is in."""
+def search(
+    cases: int, chips: int, devices: tuple[str, ...] = tuple(DEVICES), *, digital: int, seed: int = 0
+) -> list[Case]:
+    """Random cases of every bound: `cases` for every device, and for each of these `digital` of what is not noise."""
     found = list[Case]()
     for number in range(cases):
         first = 1000 * (cases * seed + number)
         for index, device in enumerate(devices):
             found += linear_cases(first + index, device, chips) + expert_cases(first + index, device, chips)
-        for index in range(10):
+        for index in range(digital):
             found += [case for of in (converter_cases, quantization_cases, routing_cases) for case in of(first + index)]
     return found

@@ -43,7 +43,7 @@ from theory.settings import BASE, SETTINGS
 from theory.train import TrainSpec
 
 QUICK_GAMMAS = (0.4, 0.2, 0.1)
-QUICK_SETTINGS = ("noisy tokens",)
+QUICK_SETTINGS = ("token choice",)
 GAMMAS = (0.4, 0.2, 0.1, 0.05, 0.025)
 FEW_HARDWARE = Hardware("proportional", False), Hardware("pcm", True)
 
@@ -139,7 +139,8 @@ def settings_part(console: Console, options: Options) -> Result:
         plan = Plan(
             train=spec, gammas=QUICK_GAMMAS if options.quick else (0.4, 0.1, 0.025),
             seeds=options.seeds or (4 if options.quick else 8), seed=options.seed, chips=4 if options.quick else 8,
-            hardware=FEW_HARDWARE, digital=options.digital or spec.model.experts // 2,
+            hardware=FEW_HARDWARE[:1] if options.quick else FEW_HARDWARE,
+            digital=options.digital or spec.model.experts // 2,
         )  # fmt: skip
         found[name] = all_claims(measure(plan))
         console.print(f"{name}: {time.perf_counter() - started:.0f} s", highlight=False)
@@ -151,7 +152,10 @@ def settings_part(console: Console, options: Options) -> Result:
 def bounds_part(console: Console, options: Options) -> Result:
     """Bounds on random experts."""
     devices = ("proportional", "pcm") if options.quick else tuple(DEVICES)
-    cases = search(1 if options.quick else 2, 200 if options.quick else 2000, devices, seed=options.seed)
+    cases = search(
+        1 if options.quick else 2, 200 if options.quick else 2000, devices, digital=1 if options.quick else 10,
+        seed=options.seed,
+    )  # fmt: skip
     table = bound_rows(cases)
     print_bounds(console, table)
     return {"bounds": table}, {"bounds": lambda: draw_bounds(cases)}

@@ -47,7 +47,7 @@ def claim(results: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def test_the_expected_growth_is_a_theorem(results: dict[str, Any]) -> None:
-    for found in (results["claims"], results["settings"]["noisy tokens"]):
+    for found in (results["claims"], results["settings"]["token choice"]):
         rate = next(c for c in found if c["claim"].startswith("2a"))
         assert len(rate["findings"]) == 6
         for finding in rate["findings"]:
