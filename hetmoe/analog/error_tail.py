@@ -71,6 +71,8 @@ def linear_tail(
     check_same_shape("slopes", slopes, "noise", noise.mean)
     square, steepest = linear_second_moment(x, noise), np.square(x) @ np.square(slopes)
     if weights is not None:
+        check_finite("weights", weights, "tokens N")
+        check_same_shape("weights", weights, "the outputs", square)
         square, steepest = square * np.square(weights), steepest * np.square(weights)
     return widened(np.sqrt(square.sum(axis=1)) + reach * np.sqrt(np.max(steepest, axis=1)))
 

@@ -155,7 +155,7 @@ def norm_bound(change: Change, size: Float64[Array, "tokens"]) -> Float64[Array,
     Raises:
         InputError: for sizes that are not float64 `[tokens]` of at least 0.
     """
-    check_sizes("size", size, len(size))
+    check_sizes("size", size, np.size(size))
     return error_constant(change) * np.square(size) + evaluation_rounding(change, size)
 
 
