@@ -73,7 +73,7 @@ def tolerance_rows(measured: Measured, stop: str, hardware: Hardware) -> list[di
             values = scales[learned, place]
             median = float(np.median(values)) if values.size else np.inf
             placements[name] = {
-                "median": _rounded(median), "fail_without_noise": int((values == 0).sum()),
+                "median": _rounded(median), "fail_at_the_first_scale": int((values == 0).sum()),
                 "bear_every_scale": int(np.isinf(values).sum()), "seeds": [_rounded(v) for v in values],
             }  # fmt: skip
         found.append(

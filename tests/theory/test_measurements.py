@@ -173,7 +173,7 @@ def test_recorded_tolerances(measured: Measured) -> None:
     assert [row["gamma"] for row in rows] == list(GAMMAS)
     assert rows[0]["learned"] == list(range(8)) and rows[2]["learned"] == list(range(7))
     analog, high, _ = rows[0]["placements"].values()
-    assert analog["seeds"] == [0.0, *[0.253] * 7] and analog["fail_without_noise"] == 1
+    assert analog["seeds"] == [0.0, *[0.253] * 7] and analog["fail_at_the_first_scale"] == 1
     assert high["bear_every_scale"] == 0 and high["median"] == 0.7953
     _, endless, _ = rows[2]["placements"].values()
     assert endless["seeds"][1] is None and endless["bear_every_scale"] == 1 and endless["median"] == 0.3976
