@@ -12,7 +12,7 @@ from hetmoe.report.style import COLOURS
 from theory.cases import Case, over
 from theory.claims import CONDITIONS, FAILS, HOLDS, Claim
 from theory.experiment import PLACEMENTS, STOPS, Measured
-from theory.reference import EXACT, Layer
+from theory.reference import Layer
 
 _VERDICT_COLOURS = {HOLDS: "#009E73", CONDITIONS: "#E69F00", FAILS: "#D55E00"}
 
@@ -164,7 +164,7 @@ def draw_reference(name: str, layers: Sequence[Layer]) -> Any:
     figure, panels = _figure((15, 8.4), 2, 3)
     numbers = [layer.number for layer in layers]
     for axes, kind in zip(panels.flat, kinds, strict=False):
-        exact = kind in EXACT
+        exact = kind in layers[0].exact
         for colour, label, values in (
             (COLOURS[0], "measured", [layer.measured[kind] for layer in layers]),
             (COLOURS[5], "exact" if exact else "bound", [layer.bound[kind] for layer in layers]),

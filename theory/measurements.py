@@ -1,7 +1,6 @@
 """From one setting's runs to findings on every claim."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -262,8 +261,3 @@ def _mean_of(values: np.ndarray, axis: int) -> np.ndarray:
     known = np.isfinite(values)
     count = known.sum(axis=axis)
     return np.where(count > 0, np.where(known, values, 0.0).sum(axis=axis) / np.maximum(count, 1), np.nan)
-
-
-def named(claims: Sequence[Claim], name: str) -> Claim:
-    """The claim whose name begins so."""
-    return next(claim for claim in claims if claim.name.startswith(name))

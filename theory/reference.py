@@ -26,7 +26,6 @@ from hetmoe.quantize.grid import Grid
 from theory.cases import over, programmed, root_mean_square
 
 ADC_BOUND = 12.0
-EXACT = ("matrix 'up', pcm", "expert, proportional")  # kinds whose second moment is exact
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,12 +36,14 @@ class Layer:
         number: in the model.
         measured: errors, relative to the size of the clean output.
         bound: of them, likewise.
+        exact: kinds whose bound is the root mean square itself.
         rounded: what `hetmoe.quantize.bounds.report.rows_of` says of the layer, with its bits.
     """
 
     number: int
     measured: dict[str, np.ndarray]
     bound: dict[str, np.ndarray]
+    exact: frozenset[str]
     rounded: dict[str, Any]
 
 
@@ -85,6 +86,7 @@ def reference_layers(
             Layer(
                 number=number, measured={name: np.concatenate(parts) for name, parts in measured.items()},
                 bound={name: np.concatenate(parts) for name, parts in bound.items()}, rounded=rounded[index],
+                exact=frozenset({f"matrix 'up', {device}", "expert, proportional"}),
             )
         )  # fmt: skip
     return found

@@ -7,7 +7,7 @@ import pytest
 
 from theory.claims import NOT_DERIVED, Claim, Finding
 from theory.experiment import STOPS, Hardware, Measured, Plan, stops
-from theory.measurements import all_claims, named
+from theory.measurements import all_claims
 from theory.model import ModelSpec
 from theory.report import tolerance_rows
 from theory.statistics import Estimate
@@ -64,6 +64,10 @@ def measured() -> Measured:
         plan=plan, looks=looks, stopped=stops(accuracy), learned=able, scores=scores, tolerances=tolerances,
         errors=errors,
     )  # fmt: skip
+
+
+def named(claims: list[Claim], name: str) -> Claim:
+    return next(claim for claim in claims if claim.name.startswith(name))
 
 
 def value(claim: Claim, row: str, column: str) -> tuple[Finding, Estimate]:

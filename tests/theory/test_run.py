@@ -16,7 +16,7 @@ from rich.console import Console
 from hetmoe.analog.devices import DEVICES
 from hetmoe.analog.spec import analog_spec
 from hetmoe.commands.common import make_console
-from theory.__main__ import main
+from theory.__main__ import INTERRUPTED, main
 from theory.claims import Claim, Criterion, Finding
 from theory.data import DataSpec
 from theory.experiment import Hardware, Plan, measure, stops
@@ -136,6 +136,23 @@ def test_settings_change_one_thing() -> None:
     for name, spec in list(SETTINGS.items())[1:]:
         changed = [field for field, value in leaves(spec).items() if value != base[field]]
         assert len(changed) == more.get(name, 1), (name, changed)
+
+
+def test_interruptions_end_the_process_at_once(monkeypatch, capsys) -> None:
+    """Not by taking it down around XLA's threads; and what typer makes of Ctrl-C counts like Ctrl-C."""
+
+    def gone(code: int) -> None:
+        raise SystemExit(f"gone with {code}")
+
+    def interrupted(*_: Any, **__: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os._exit", gone)
+    for app in (interrupted, lambda *_, **__: INTERRUPTED):
+        monkeypatch.setattr("theory.__main__.app", app)
+        with pytest.raises(SystemExit, match="gone with 130"):
+            main()
+        assert capsys.readouterr().err == "theory: interrupted; with -o, parts that were done are written\n"
 
 
 def theory(*arguments: object) -> tuple[int, str, str]:
