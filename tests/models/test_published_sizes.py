@@ -1,8 +1,9 @@
 """The published models' shapes give the parameter counts that their cards and papers state.
 
-Only the sizes of each `config.json` are written down here; no checkpoint is needed.
+Only the sizes of each `config.json` are written down, here and in `experiments/architectures`; no checkpoint is needed.
 """
 
+import json
 import math
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from hetmoe.commands.info import active_parameters, parameters_by_module
 from hetmoe.models.abstract import abstract_params, is_leaf
 from hetmoe.models.hf_config import config_from_hf
+from tests.checkpoint.golden_files import ROOT
 
 COMMON = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False}
 YARN = {
@@ -45,19 +47,15 @@ def latent(rank: int | None, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def architecture(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "experiments" / "architectures" / f"{name}.json").read_text())
+
+
 # Config, all parameters and those active per token in billions as published; active counts leave out the embedding, or
 # not, as their authors do.
 PUBLISHED: dict[str, tuple[dict[str, Any], float, tuple[float, float]]] = {
-    "OLMoE-1B-7B": (
-        sizes("olmoe", 50304, 2048, 16, 16, 16, 4096, 8, num_experts=64, intermediate_size=1024, clip_qkv=None,
-              norm_topk_prob=False),
-        6.92, (1.1, 1.3),
-    ),
-    "DeepSeekMoE-16B": (
-        sizes("deepseek", 102400, 2048, 28, 16, 16, 4096, 6, norm_topk_prob=False, scoring_func="softmax",
-              **deepseek(1, 2, 64, 1408, 10944)),
-        16.4, (2.5, 2.9),
-    ),
+    "OLMoE-1B-7B": (architecture("olmoe_7b"), 6.92, (1.1, 1.3)),
+    "DeepSeekMoE-16B": (architecture("deepseek_moe_16b"), 16.4, (2.5, 2.9)),
     "Mixtral-8x7B": (
         sizes("mixtral", 32000, 4096, 32, 32, 8, 32768, 2, num_local_experts=8, intermediate_size=14336,
               sliding_window=None),
@@ -104,12 +102,8 @@ PUBLISHED: dict[str, tuple[dict[str, Any], float, tuple[float, float]]] = {
               **deepseek(1, 2, 160, 1536, 12288), **latent(1536)),
         236, (20.5, 21.5),
     ),
-    "DeepSeek-V3": (
-        sizes("deepseek_v3", 129280, 7168, 61, 128, 128, 163840, 8, norm_topk_prob=True, n_group=8, topk_group=4,
-              topk_method="noaux_tc", scoring_func="sigmoid", routed_scaling_factor=2.5, num_nextn_predict_layers=1,
-              **deepseek(3, 1, 256, 2048, 18432), **latent(1536)),
-        671, (36.5, 37.6),
-    ),
+    "DeepSeek-V3": (architecture("deepseek_v3_671b"), 671, (36.5, 37.6)),
+    "Kimi-K2": (architecture("moe_1t"), 1.03e3, (31.5, 32.6)),
 }  # fmt: skip
 
 
