@@ -16,7 +16,6 @@ from jax.experimental import topologies
 
 from hetmoe.errors import InputError
 
-LIBTPU = "libtpu==0.0.52"  # the compiler for TPUs of the tested version of JAX
 MOST_SIMULATED = 2048  # more would take several processes, which JAX refuses to compile for on CPUs
 
 _GIB = 2**30
@@ -70,9 +69,11 @@ def memory_of(device_kind: str) -> int | None:
 def described_devices(name: str) -> list[Any]:
     """Devices (`jax.Device`) to compile for.
 
-    TPUs need libtpu (no dependency of hetmoe), but no TPU. libtpu is quiet if this is what loads it; JAX loads it
-    itself when it starts, unless JAX_PLATFORMS=cpu is set, and then it complains on standard error that there is no
-    TPU. Compiling for them ends in an error if a program does not fit their memory.
+    TPUs need libtpu (no dependency of hetmoe) in the version that JAX's extra "tpu" asks for, but no TPU. With jax
+    0.10.2 and libtpu 0.0.52 instead of 0.0.42, the text of programs with collectives for TPU7x cannot be had, and that
+    of ragged matmuls on v5e and v6e shows dense ones. libtpu is quiet if this is what loads it; JAX loads it itself
+    when it starts, unless JAX_PLATFORMS=cpu is set, and then it complains on standard error that there is no TPU.
+    Compiling ends in an error if a program does not fit the TPUs' memory.
 
     Simulated devices are all in this process and share its CPU; they must be asked for before JAX starts, which is when
     it first makes an array or lists devices. A program with four collectives compiles on two cores in 0.6 s for 64 of
@@ -102,7 +103,10 @@ def described_devices(name: str) -> list[Any]:
 
 def _tpus(name: str, which: str) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
-        raise InputError(f"{name}: compiling for TPUs needs libtpu: pip install {LIBTPU}")
+        raise InputError(
+            f"{name}: compiling for TPUs needs libtpu, in the version for this JAX: "
+            f"pip install 'jax[tpu]=={jax.__version__}'"
+        )
     # Otherwise a v4's two cores are two devices; JAX on real ones makes them one, as all do on v5p.
     how = {"chip_config_name": "megacore"} if which.startswith("v4:") else {}
     with _quiet_libtpu():

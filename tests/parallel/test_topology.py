@@ -42,6 +42,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_described_tpus():
     pytest.importorskip("libtpu", reason="libtpu is not installed")
     found = json.loads(run(DESCRIBE, *TPUS))
@@ -78,7 +79,7 @@ def test_impossible_topologies(topology):
 
 def test_tpus_need_libtpu(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(InputError, match=r"^tpu:v5e:4x4: .* pip install libtpu==[0-9.]+$"):
+    with pytest.raises(InputError, match=r"^tpu:v5e:4x4: .* pip install 'jax\[tpu\]==[0-9.]+'$"):
         described_devices("tpu:v5e:4x4")
 
 
