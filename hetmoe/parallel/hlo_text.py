@@ -14,7 +14,6 @@ import re
 
 from hetmoe.errors import InputError
 
-_COMMENT = re.compile(r"/\*.*?\*/")
 _HEADER = re.compile(r"(?P<entry>ENTRY )?%(?P<name>[^\s(]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(?P<root>ROOT )?%(?P<name>\S+) = (?P<rest>.*)$")
 _OPCODE = re.compile(r" ?(?P<opcode>[a-z][\w-]*)\(")
@@ -112,7 +111,7 @@ def parse_hlo(text: str) -> Module:
     computations: dict[str, Computation] = {}
     entry, name, root = None, None, None
     instructions: dict[str, Instruction] = {}
-    lines = _COMMENT.sub("", text).splitlines()
+    lines = text.splitlines()
     for line in lines:
         if name is None:
             if (header := _HEADER.match(line)) is not None:
@@ -144,7 +143,7 @@ def _instruction(name: str, rest: str) -> Instruction:
 def _closing(text: str, start: int) -> int:
     """Behind the parenthesis that closes the one at `start`."""
     depth = 0
-    for found in re.compile(r'[()]|"(?:[^"\\]|\\.)*"').finditer(text, start):
+    for found in re.compile(r"[()]").finditer(text, start):
         depth += {"(": 1, ")": -1}.get(found.group(), 0)
         if depth == 0:
             return found.end()

@@ -95,8 +95,8 @@ def described_devices(name: str) -> list[Any]:
         return _simulated(name, which)
     if platform == "gpu":
         raise InputError(
-            f"{name}: JAX compiles for GPUs only where there is one (it can describe TPUs only); use tpu:..., or "
-            f"cpu:NUMBER for simulated devices"
+            f"{name}: JAX cannot describe GPUs as it does TPUs (without a GPU's plug-in it lowers for them, but does "
+            f"not compile); use tpu:..., or cpu:NUMBER for simulated devices"
         )
     raise InputError(f"{name}: devices must be tpu:GENERATION:TOPOLOGY, such as tpu:v5e:4x4, or cpu:NUMBER")
 

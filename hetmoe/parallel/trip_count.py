@@ -104,7 +104,7 @@ def _initial(module: Module, where: Computation, loop: Instruction, element: int
     if element is None or state.opcode != "tuple":
         return None
     value = _value(module, where, state.operands[element], ())
-    return value.offset if isinstance(value, _Scalar) and value.element is None else None
+    return value.offset if isinstance(value, _Scalar) else None
 
 
 def _update(module: Module, body: Computation, element: int | None) -> _Scalar | None:

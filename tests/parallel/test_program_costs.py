@@ -160,10 +160,11 @@ def test_collectives_in_fusions_of_tpus():
         "%d = f32[16]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.4",
         "%e = ((f32[64]{0}), f32[16]{0}) call-start(%p), to_apply=%reduce-scatter.5",
         "%f = f32[16]{0} call-done(%e)",
+        "%h = f32[16]{0} call(%p), to_apply=%reduce-scatter.5",
         "ROOT %g = f32[256]{0} all-gather(%p), channel_id=3, replica_groups=[4,2]<=[8], dimensions={0}",
     ], others=TPU_FUSIONS)  # fmt: skip
     assert program_costs(text) == ProgramCosts(collectives={
-        "all-gather": Traffic(2, 512, 1024 + 512, 768.0 + 256.0), "reduce-scatter": Traffic(2, 512, 128, 384.0),
+        "all-gather": Traffic(2, 512, 1024 + 512, 768.0 + 256.0), "reduce-scatter": Traffic(3, 768, 192, 576.0),
     })  # fmt: skip
 
 
@@ -177,8 +178,8 @@ def test_collectives_in_fusions_of_tpus():
         # 10 outputs from inputs 2 before, at, and 2 behind them; 5 x 4 of every second one, padded in front.
         ("2,10,3", "3,3,7", "2,10,7", "window={size=3 pad=2_2 rhs_dilate=2}, dim_labels=b0f_0io->b0f",
          2 * 2 * 7 * 3 * (8 + 10 + 8)),
-        ("10,8,3,1", "3,2,3,7", "5,4,7,1", "window={size=3x2 stride=2x2 pad=1_0x1_-1}, dim_labels=01fb_01io->01fb",
-         2 * 7 * 3 * (4 + 5 + 5) * (3 + 4)),
+        ("10,8,3,1", "3,2,3,7", "5,4,7,1", "window={size=3x2 stride=2x2 pad=1_0x0_0}, dim_labels=01fb_01io->01fb",
+         2 * 7 * 3 * (4 + 5 + 5) * (4 + 4)),
     ],
 )  # fmt: skip
 def test_convolutions_of_tpus(left, right, result, attributes, flops):
@@ -203,6 +204,16 @@ def test_products_with_vectors_of_tpus(opcode, name, flops):
         f'ROOT %r = f32[224]{{0}} reduce(%y, %z), dimensions={{0}}, to_apply=%add, metadata={{op_name="{name}"}}',
     ])  # fmt: skip
     assert program_costs(text) == ProgramCosts(flops=flops)
+
+
+def test_ragged_exchange():
+    """Only the first operand is sent; the second is where the result goes."""
+    operands = [f"%{name} = s32[4]{{0}} parameter({number})" for number, name in enumerate("abcd", start=2)]
+    text = module([
+        PARAMETER, "%out = f32[96]{0} parameter(1)", *operands,
+        "ROOT %r = f32[96]{0} ragged-all-to-all(%p, %out, %a, %b, %c, /*index=5*/%d), replica_groups=[2,4]<=[8]",
+    ])  # fmt: skip
+    assert program_costs(text).collectives == {"ragged-all-to-all": Traffic(1, 256, 384, 192.0)}
 
 
 GEMM = """{"gemm_backend_config":{"alpha_real":1,"dot_dimension_numbers":

@@ -9,11 +9,15 @@ from hetmoe.parallel.program_costs import ProgramCosts, UnknownLoop, program_cos
 from tests.parallel.hlo_module import PARAMETER, module
 
 
-def loop_text(*, step="add(%i, %one)", condition="compare(%i, %limit), direction=LT", start="constant(0)", other=""):
+def loop_text(
+    *, step="add(%i, %one)", condition="compare(%i, %limit), direction=LT", start="constant(0)", other="", noted=""
+):
     """A loop around a kernel, with a counter and two other numbers that it carries."""
     state = "(s32[], s32[], f32[64]{0})"
     get = [f"%{name} = s32[] get-tuple-element(%s), index={index}" for index, name in enumerate(("i", "n"))]
-    lines = "\n  ".join([f"%s = {state} parameter(0)", *get, "%one = s32[] constant(1)", "%limit = s32[] constant(7)"])
+    constants = ["%one = s32[] constant(1)", "%limit = s32[] constant(7)"]
+    sums = ["%i1 = s32[] add(%i, %one)", "%n1 = s32[] add(%one, %n)"]
+    lines = "\n  ".join([f"%s = {state} parameter(0)", *get, *constants, *sums])
     others = f"""%condition (s: {state}) -> pred[] {{
   {lines}
   ROOT %c = pred[] {condition}
@@ -30,7 +34,7 @@ def loop_text(*, step="add(%i, %one)", condition="compare(%i, %limit), direction
 """
     return module([
         PARAMETER, "%five = s32[] constant(5)", f"%start = s32[] {start}", f"%t = {state} tuple(%start, %five, %p)",
-        f"ROOT %loop = {state} while(%t), condition=%condition, body=%body",
+        f"ROOT %loop = {state} while(%t), condition=%condition, body=%body{noted}",
     ], others=others)  # fmt: skip
 
 
@@ -46,6 +50,9 @@ def loop_text(*, step="add(%i, %one)", condition="compare(%i, %limit), direction
         ({"condition": "compare(%i, %limit), direction=NE"}, 7),
         ({"condition": "compare(%i, %n), direction=LT"}, 5),
         ({"condition": "compare(%n, %i), direction=GT"}, 5),
+        ({"condition": "compare(%i1, %limit), direction=LT"}, 6),
+        ({"condition": "compare(%i, %n1), direction=LT"}, 6),
+        ({"start": "parameter(1)", "noted": ', backend_config={"x":[],"known_trip_count":{"n":"9"}}'}, 9),
         ({"start": "constant(12)", "step": "subtract(%i, %one)", "condition": "compare(%i, %n), direction=GT"}, 7),
         ({"start": "constant(12)", "step": "subtract(%i, %one)", "condition": "compare(%i, %n), direction=GE"}, 8),
         ({"start": "constant(-3)", "step": "add(%limit, %i)"}, 2),
