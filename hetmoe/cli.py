@@ -15,7 +15,10 @@ from hetmoe.cli_options import (
     BOUND_AXIS,
     CALIBRATION,
     CHIP,
+    CLUSTER,
     COMPENSATION,
+    COORDINATOR,
+    CPU_DEVICES,
     DAC_BITS,
     DEVICE,
     DOWN_AXIS,
@@ -23,8 +26,11 @@ from hetmoe.cli_options import (
     IMPLEMENTATION,
     INPUT_RANGE,
     JSON_FILE,
+    MESH,
     MODEL,
     ONE_NOISE_SCALE,
+    PROCESS,
+    PROCESSES,
     PROCESSOR,
     RANGE_K,
     READ_NOISE,
@@ -347,9 +353,19 @@ def eval(  # noqa: A001
     dtype: RUN_DTYPE = "float32",
     json_file: JSON_FILE = None,
     plot: Annotated[Path | None, typer.Option(help="Write a PNG with error bands.")] = None,
+    progress: Annotated[
+        Path | None, typer.Option(help="File of finished parts of the text: the same command goes on there.")
+    ] = None,
+    mesh: MESH = None,
+    coordinator: COORDINATOR = None,
+    processes: PROCESSES = None,
+    process: PROCESS = None,
+    cluster: CLUSTER = None,
+    cpu_devices: CPU_DEVICES = None,
 ) -> None:
     """Perplexity, bits per byte and next-word accuracy of placements over noise scales and seeds."""
     from hetmoe.commands.evaluate import EvalRequest, run
+    from hetmoe.commands.mesh_options import MeshOptions
 
     run(
         EvalRequest(
@@ -363,7 +379,11 @@ def eval(  # noqa: A001
             bound_axis=bound_axis, dac_bits=dac_bits or None, adc_bits=adc_bits or None, tile_rows=tile_rows,
             calibration_file=calibration,
             down_axis=down_axis,
-            dtype=dtype, json_file=json_file, plot=plot,
+            dtype=dtype, json_file=json_file, plot=plot, progress=progress,
+            devices=MeshOptions(
+                mesh=mesh, coordinator=coordinator, processes=processes, process=process, cluster=cluster,
+                cpu_devices=cpu_devices,
+            ),
         )
     )  # fmt: skip
 

@@ -59,6 +59,21 @@ SEED = Annotated[int, typer.Option(help="Base seed.")]
 RUN_DTYPE = Annotated[str, typer.Option(help="float32, bfloat16 or float16 for weights and activations.")]
 JSON_FILE = Annotated[Path | None, typer.Option("--json", help="Write results with provenance.")]
 
+MESH = Annotated[
+    str | None,
+    typer.Option(
+        help="Parts by axis (data, seed, expert, tensor), such as data=2,expert=4, or auto; default: chosen where "
+        "there are several devices."
+    ),
+]
+COORDINATOR = Annotated[
+    str | None, typer.Option(help="HOST:PORT of process 0, in a run of several processes that are started by hand.")
+]
+PROCESSES = Annotated[int | None, typer.Option(help="How many processes there are, with --coordinator.")]
+PROCESS = Annotated[int | None, typer.Option(help="Number of this process, from 0.")]
+CLUSTER = Annotated[str | None, typer.Option(help="Start of several processes by the variables of slurm, k8s or mpi.")]
+CPU_DEVICES = Annotated[int | None, typer.Option(help="Simulate so many devices on this CPU.")]
+
 PROCESSOR = Annotated[str, typer.Option(help="Digital unit: a name of 'hetmoe hardware --list', or a TOML file.")]
 CHIP = Annotated[str, typer.Option(help="Analog chips: a name of 'hetmoe hardware --list', or a TOML file.")]
 LINK = Annotated[str, typer.Option(help="Between both: a name of 'hetmoe hardware --list', or a TOML file.")]

@@ -158,7 +158,7 @@ def test_the_digital_line_is_computed_like_the_others(run: Run, monkeypatch: pyt
     def stop(*arguments: Any) -> None:
         raise InputError(f"digital by {arguments[3]}")
 
-    monkeypatch.setattr(evaluate, "digital_point", stop)
+    monkeypatch.setattr(evaluate, "digital_result", stop)
     _, _, err = run("eval", "reference", *SMALL, "--implementation", "interpret_cuda")
     assert "digital by interpret_cuda" in err
 

@@ -32,6 +32,20 @@ class Moments:
             histogram=None if self.histogram is None else self.histogram.sum(axis=-3, keepdims=True),
         )
 
+    def over_devices(self, axes: tuple[str, ...]) -> "Moments":
+        """Of what all devices along mesh axes saw; inside `jax.shard_map`."""
+
+        def add(values: Array) -> Array:
+            return jax.lax.psum(values, axes)
+
+        return Moments(
+            count=add(self.count),
+            total=add(self.total),
+            square=add(self.square),
+            maximum=jax.lax.pmax(self.maximum, axes),
+            histogram=None if self.histogram is None else add(self.histogram),
+        )
+
     def std(self) -> Array:
         """Standard deviation; 0 where nothing was counted."""
         count = jnp.maximum(self.count, 1.0)

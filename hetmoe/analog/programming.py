@@ -7,14 +7,15 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from hetmoe.analog.devices import Programmed, Stream, global_drift_compensation, group_range
-from hetmoe.analog.random import matrix_normal, require_key
+from hetmoe.analog.devices import GroupRange, Programmed, Stream, global_drift_compensation, group_range
+from hetmoe.analog.random import require_key, rows_normal
 from hetmoe.analog.spec import AnalogSpec
 from hetmoe.analog.tiles import block_max
 from hetmoe.errors import InputError
 from hetmoe.models.matrices import Matrix, crossbar_matrices
 from hetmoe.models.params import DenseLayer, Layer, Params
 from hetmoe.ops.narrow import take
+from hetmoe.parallel.shard import WHOLE, Shard
 from hetmoe.quantize.mixed import MixedMatrix, Places, is_mixed, unquantized
 
 DRAWN_AT_ONCE = 2**22  # weights: enough for every core or multiprocessor
@@ -87,7 +88,9 @@ def seeded_weights(key: jax.Array, *, dense: bool, when: Programming) -> SeededW
     return SeededWeights(key=require_key(key), dense=dense, when=when)
 
 
-def program_matrix(key: jax.Array, w: Float[Array, "K N"], spec: AnalogSpec, *, expert: Array | int) -> Array:
+def program_matrix(
+    key: jax.Array, w: Float[Array, "K N"], spec: AnalogSpec, *, expert: Array | int, shard: Shard = WHOLE
+) -> Array:
     """Programs one matrix; float32 [K, N].
 
     Args:
@@ -95,27 +98,36 @@ def program_matrix(key: jax.Array, w: Float[Array, "K N"], spec: AnalogSpec, *, 
         w: target weights.
         spec: device, noise scale, time.
         expert: folded in after the stream; 0 for matrices outside experts.
+        shard: which columns of the matrix `w` holds.
 
-    The draw of element (i, j) of a stream depends on the key, the stream, the expert and `i * N + j` only.
+    The draw of element (i, j) of a stream depends on the key, the stream, the expert and `i * N + j` only, N being the
+    columns of the whole matrix.
     """
-    return as_read(drawn_matrix(key, w, spec, expert=expert), spec)
+    return as_read(drawn_matrix(key, w, spec, expert=expert, shard=shard), spec, shard)
 
 
-def as_read(result: Programmed, spec: AnalogSpec) -> Array:
+def as_read(result: Programmed, spec: AnalogSpec, shard: Shard = WHOLE) -> Array:
     """What a drawn matrix is at the time of reading, drift compensation included; float32."""
     if spec.drift_compensation:
-        return global_drift_compensation(result.initial, result.at_time, spec.options.tile_rows)
+        return global_drift_compensation(result.initial, result.at_time, spec.options.tile_rows, shard)
     return result.at_time
 
 
-def drawn_matrix(key: jax.Array, w: Float[Array, "K N"], spec: AnalogSpec, *, expert: Array | int) -> Programmed:
+def drawn_matrix(
+    key: jax.Array, w: Float[Array, "K N"], spec: AnalogSpec, *, expert: Array | int, shard: Shard = WHOLE
+) -> Programmed:
     """As `program_matrix`, but without drift compensation: right after programming, and at the time of reading."""
+    count = w.shape[1]
+    rows = jnp.arange(w.shape[0], dtype=jnp.uint32)
+    columns = jnp.arange(count, dtype=jnp.uint32) + shard.first("tensor", count).astype(jnp.uint32)
 
     def draw(stream: Stream) -> Array:
-        return matrix_normal(stream_key(key, stream, expert), (w.shape[0], w.shape[1]))
+        return rows_normal(stream_key(key, stream, expert), rows, count * shard.tensor, columns)
 
     device, target = spec.device, w.astype(jnp.float32)
     scale = group_range(target, device.scale_group, spec.options.tile_rows)
+    if device.scale_group in {"tile", "matrix"}:  # of all columns; the other groups lie within one
+        scale = GroupRange(shard.smallest_column(scale.low), shard.largest_column(scale.high))
     return device.program(target, scale=scale, draw=draw, noise_scale=spec.noise_scale, time_s=spec.time_s)
 
 
@@ -131,7 +143,7 @@ def program_named(
 
     `layer` is the number that `program` folds into the key.
     """
-    return _stored(matrix_key(key, name, layer), w, spec, expert)
+    return _stored(matrix_key(key, name, layer), w, spec, expert, WHOLE)
 
 
 def matrix_key(key: jax.Array, name: str, layer: Array | int) -> jax.Array:
@@ -139,30 +151,35 @@ def matrix_key(key: jax.Array, name: str, layer: Array | int) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(key, layer), Matrix[name.upper()])
 
 
-def _stored(key: jax.Array, w: Array, spec: AnalogSpec, expert: Array | int) -> ProgrammedMatrix:
-    return with_maxima(program_matrix(key, w, spec, expert=expert).astype(w.dtype), spec)
+def _stored(key: jax.Array, w: Array, spec: AnalogSpec, expert: Array | int, shard: Shard) -> ProgrammedMatrix:
+    return with_maxima(program_matrix(key, w, spec, expert=expert, shard=shard).astype(w.dtype), spec, shard)
 
 
-def with_maxima(stored: Float[Array, "K N"], spec: AnalogSpec) -> ProgrammedMatrix:
-    """A programmed matrix with the maxima that its ADCs use."""
+def with_maxima(stored: Float[Array, "K N"], spec: AnalogSpec, shard: Shard = WHOLE) -> ProgrammedMatrix:
+    """A programmed matrix, or some of its columns, with the maxima that its ADCs use."""
     per_column = spec.options.bound_axis == "column"
     maxima = block_max(stored.astype(jnp.float32), spec.options.tile_rows, per_column=per_column)
-    return ProgrammedMatrix(w=stored, weight_max=maxima)
+    return ProgrammedMatrix(w=stored, weight_max=maxima if per_column else shard.largest_column(maxima))
 
 
 def realise(
-    matrix: ProgrammedMatrix | SeededMatrix, w: Float[Array, "*experts K N"], spec: AnalogSpec, first: Array | int = 0
+    matrix: ProgrammedMatrix | SeededMatrix,
+    w: Float[Array, "*experts K N"],
+    spec: AnalogSpec,
+    first: Array | int = 0,
+    shard: Shard = WHOLE,
 ) -> ProgrammedMatrix:
     """The programmed weights of a matrix, or of the experts of a layer: those stored, or made from the key.
 
-    `first` is the number of the first expert of `w`.
+    `first` is the number of the first expert of `w`; `shard` says which experts and columns `w` holds.
     """
     if isinstance(matrix, ProgrammedMatrix):
         return matrix
     if w.ndim == 2:
-        return _stored(matrix.key, w, spec, 0)
+        return _stored(matrix.key, w, spec, 0, shard)
+    first += shard.first("expert", w.shape[0])
     return jax.lax.map(
-        lambda item: _stored(matrix.key, item[0], spec, item[1]),
+        lambda item: _stored(matrix.key, item[0], spec, item[1], shard),
         (w, first + jnp.arange(w.shape[0])),
         batch_size=_at_once(*w.shape),
     )
@@ -181,7 +198,8 @@ def _program_mixed(key: jax.Array, name: str, mixed: MixedMatrix, spec: AnalogSp
     owner = jnp.zeros((count,), jnp.int32).at[slot.reshape(-1)].set(jnp.arange(slot.size), mode="drop")
     layer, expert = jnp.divmod(owner, experts)
     found = jax.lax.map(
-        lambda item: _stored(matrix_key(key, name, first + item[1]), item[0], spec, item[2]), (pool, layer, expert),
+        lambda item: _stored(matrix_key(key, name, first + item[1]), item[0], spec, item[2], WHOLE),
+        (pool, layer, expert),
         batch_size=_at_once(*pool.shape),
     )  # fmt: skip
     maxima = jnp.where(has_own[..., None, None], found.weight_max[jnp.minimum(slot, count - 1)], jnp.nan)
@@ -195,7 +213,9 @@ def _at_once(experts: int, rows: int, columns: int) -> int:
     return next(size for size in range(min(experts, most), 0, -1) if experts % size == 0)
 
 
-def program(key: jax.Array, params: Params, spec: AnalogSpec, *, dense: bool) -> ProgrammedWeights:
+def program(
+    key: jax.Array, params: Params, spec: AnalogSpec, *, dense: bool, shard: Shard = WHOLE
+) -> ProgrammedWeights:
     """Programs a model once: one noise seed.
 
     Every expert is programmed whatever the plan, so that one set of weights serves all placements; draws are float32,
@@ -208,6 +228,7 @@ def program(key: jax.Array, params: Params, spec: AnalogSpec, *, dense: bool) ->
         spec: device and magnitudes.
         dense: also program attention, shared experts, dense layers and LM head (needed by plans that put any of them on
             crossbars).
+        shard: which experts and columns `params` hold, inside a program for a mesh (`hetmoe.parallel`).
 
     Raises:
         TypeError: if the key is not a threefry key.
@@ -215,7 +236,7 @@ def program(key: jax.Array, params: Params, spec: AnalogSpec, *, dense: bool) ->
     key = require_key(key)
 
     def one(name: str, w: Array, layer: Array | int) -> ProgrammedMatrix:
-        return realise(SeededMatrix(key=matrix_key(key, name, layer)), w, spec)
+        return realise(SeededMatrix(key=matrix_key(key, name, layer)), w, spec, shard=shard)
 
     def stack(layers: Layer | DenseLayer, first: int) -> dict[str, ProgrammedMatrix]:
         everything = crossbar_matrices(layers, dense=dense)

@@ -77,16 +77,22 @@ def bits_to_normal(bits: Array) -> Array:
     return np.float32(np.sqrt(2)) * jax.lax.erf_inv(uniform)
 
 
-def rows_bits(key: jax.Array, rows: UInt32[Array, "rows"], width: int) -> UInt32[Array, "rows width"]:
-    """Random bits of the given rows of a matrix with `width` columns."""
-    high, low = matrix_counter(rows[:, None], jnp.arange(width, dtype=jnp.uint32)[None, :], width)
+def rows_bits(
+    key: jax.Array, rows: UInt32[Array, "rows"], width: int, columns: UInt32[Array, "columns"] | None = None
+) -> UInt32[Array, "rows columns"]:
+    """Random bits of the given rows of a matrix with `width` columns; of all columns, or of the given ones."""
+    if columns is None:
+        columns = jnp.arange(width, dtype=jnp.uint32)
+    high, low = matrix_counter(rows[:, None], columns[None, :], width)
     first, second = threefry2x32(key_words(key), high, low)
     return first ^ second
 
 
-def rows_normal(key: jax.Array, rows: UInt32[Array, "rows"], width: int) -> Float[Array, "rows width"]:
-    """Standard normals of the given rows of a matrix with `width` columns, float32."""
-    return bits_to_normal(rows_bits(key, rows, width))
+def rows_normal(
+    key: jax.Array, rows: UInt32[Array, "rows"], width: int, columns: UInt32[Array, "columns"] | None = None
+) -> Float[Array, "rows columns"]:
+    """Standard normals, float32; arguments as of `rows_bits`."""
+    return bits_to_normal(rows_bits(key, rows, width, columns))
 
 
 def matrix_uniform(key: jax.Array, shape: tuple[int, int]) -> Float[Array, "rows width"]:

@@ -1,6 +1,6 @@
 """Noise of a single matrix-vector product, drawn anew for every input vector."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, UInt32
 
 from hetmoe.analog.random import rows_normal
 from hetmoe.errors import InputError
+from hetmoe.parallel.shard import WHOLE, Shard
 
 KINDS = ("additive", "pcm")
 
@@ -27,6 +28,19 @@ class ReadNoise:
 
     std: Float[Array, ""]
     kind: Literal["additive", "pcm"] = struct.field(pytree_node=False)
+
+
+class ReadDraw(NamedTuple):
+    """Read noise of the products with one matrix.
+
+    `rows` number the input vectors in whatever shape they have, so that a draw follows its token; `shard` says which
+    columns of the matrix these are.
+    """
+
+    noise: ReadNoise
+    key: jax.Array
+    rows: UInt32[Array, "..."]
+    shard: Shard = WHOLE
 
 
 def make_read_noise(kind: str, std: float) -> ReadNoise:
@@ -62,6 +76,7 @@ def _root(x: Array) -> Array:
     return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1.0)), 0.0)
 
 
-def read_draws(key: jax.Array, block: int, rows: UInt32[Array, "rows"], width: int) -> Float[Array, "rows width"]:
-    """Standard normals of one tile's outputs; `rows` number the input vectors, so the draw follows the token."""
-    return rows_normal(jax.random.fold_in(key, block), rows, width)
+def read_draws(read: ReadDraw, block: int, width: int) -> Float[Array, "rows width"]:
+    """Standard normals of one tile's outputs on `width` columns, for the rows of `read`, flattened."""
+    columns = jnp.arange(width, dtype=jnp.uint32) + read.shard.first("tensor", width).astype(jnp.uint32)
+    return rows_normal(jax.random.fold_in(read.key, block), read.rows.reshape(-1), width * read.shard.tensor, columns)

@@ -12,7 +12,6 @@ from tokenizers import Tokenizer
 
 from hetmoe.checkpoint import orbax_directory
 from hetmoe.checkpoint.hub import download, looks_like_hub_id
-from hetmoe.checkpoint.mesh import param_shardings
 from hetmoe.checkpoint.read import read_params
 from hetmoe.checkpoint.storage import FLOATS, Storage, storage_from_hf
 from hetmoe.checkpoint.weight_files import WeightFiles, inside, open_weights
@@ -21,6 +20,7 @@ from hetmoe.models.config import ModelConfig
 from hetmoe.models.hf_config import config_from_hf
 from hetmoe.models.hf_fields import read_json
 from hetmoe.models.model import Model
+from hetmoe.parallel.rules import param_shardings
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -136,8 +136,8 @@ def load_model(name_or_dir: str | Path, dtype: Any = None, *, mesh: jax.sharding
             `"reference"` for the embedded model.
         dtype: dtype of the parameters (`"float32"`, `jnp.bfloat16`, ...); None = as stored. Block-wise FP8 weights are
             dequantised to it; float64 weights are rounded to float32 first.
-        mesh: devices to spread the parameters over: a mesh axis shards the axes of the same name
-            (`hetmoe.checkpoint.mesh`); None = the default device.
+        mesh: devices to spread the parameters over, by axes named data, seed, expert and tensor
+            (`hetmoe.parallel.rules`); None = the default device.
 
     Raises:
         InputError: for a missing or malformed file, an unsupported architecture or option, a missing, unknown or
@@ -162,6 +162,7 @@ def load_model(name_or_dir: str | Path, dtype: Any = None, *, mesh: jax.sharding
         eos_token_id=opened.eos_token_id,
         bos_token_id=opened.bos_token_id,
         name=model_name(name_or_dir, directory),
+        mesh=mesh,
     )
 
 

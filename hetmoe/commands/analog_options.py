@@ -63,4 +63,6 @@ class AnalogOptions:
             return None
         assert windows is not None
         tokens = jnp.asarray(windows.tokens[:, :-1])
-        return calibrate(model.params, tokens, model.config, self.range_method(), tile_rows=self.tile_rows)
+        return calibrate(
+            model.params, tokens, model.config, self.range_method(), tile_rows=self.tile_rows, mesh=model.mesh
+        )

@@ -1,6 +1,8 @@
 """`hetmoe eval`: the main job, from a request to tables, a figure and a record."""
 
+import contextlib
 import dataclasses
+import hashlib
 import time
 from pathlib import Path
 from typing import Any
@@ -13,30 +15,37 @@ from hetmoe.analog.calibration import Calibration
 from hetmoe.analog.spec import describe
 from hetmoe.checkpoint.load import load_model, parse_dtype
 from hetmoe.commands.analog_options import AnalogOptions
-from hetmoe.commands.common import choose_text, make_console, write_json
+from hetmoe.commands.common import choose_text
+from hetmoe.commands.described_model import describe_model
+from hetmoe.commands.evaluate_report import Results, print_results, write_results
+from hetmoe.commands.mesh_options import MeshOptions, console_of_main, mesh_record
 from hetmoe.commands.progress import show_progress
-from hetmoe.commands.tables import Difference, difference_tables, differences, metric_tables
 from hetmoe.errors import InputError
 from hetmoe.evaluate.execution import check_execution
 from hetmoe.evaluate.noise_sweep import (
     Placement,
     Point,
-    TextSize,
-    digital_point,
+    digital_result,
     evaluations,
     noise_sweep,
 )  # fmt: skip
-from hetmoe.evaluate.plot import plot_sweep
-from hetmoe.evaluate.prepare import noise_keys, prepare_text
-from hetmoe.evaluate.provenance import provenance
+from hetmoe.evaluate.prepare import EvalText, noise_keys, prepare_text
+from hetmoe.evaluate.progress import Progress, open_in_memory, open_progress
 from hetmoe.evaluate.rules import Scorer, scoring_scale
-from hetmoe.files import check_writable, write_bytes
+from hetmoe.files import check_writable
 from hetmoe.models.model import Model, model_fingerprint
+from hetmoe.parallel import hosts
+from hetmoe.parallel.memory import Workload
+from hetmoe.parallel.mesh import shard_of
+from hetmoe.parallel.shard import WHOLE
 from hetmoe.placement.parameters import digital_parameters
 from hetmoe.placement.plan import all_analog, digital_count, experts_analog
 from hetmoe.placement.plan_file import load_plan
-from hetmoe.placement.scores import RANDOM, RULES
+from hetmoe.placement.scores import DEVICE_RULES, RANDOM, RULES
 from hetmoe.quantize.layout import layout_of
+from hetmoe.sweep.code_digest import code_record
+
+PART_TOKENS = 2**16  # of text, after which progress is kept
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +70,14 @@ class EvalRequest(AnalogOptions):
     dtype: str
     json_file: Path | None
     plot: Path | None
+    progress: Path | None
+    devices: MeshOptions
+
+    def arguments(self) -> dict[str, Any]:
+        """All options but those that say where it runs, as plain values."""
+        options = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
+        del options["devices"]
+        return options | {"plans": [str(path) for path in self.plans]}
 
     def check(self) -> None:
         """Raises InputError for values that need neither model nor text to be seen wrong."""
@@ -82,29 +99,32 @@ class EvalRequest(AnalogOptions):
         check_execution("--", self.weights, self.implementation, read_noise=self.read_noise != 0)
         self.check_hardware(self.noise_scales)
         parse_dtype(self.dtype)
-        for path in (self.json_file, self.plot):
+        for path in (self.json_file, self.plot, self.progress):
             if path is not None:
                 check_writable(path)
 
 
 def run(request: EvalRequest) -> None:
     """Evaluates and reports."""
-    request.check()
+    request.devices.check()
     started = time.perf_counter()
-    console = make_console()
-    model = load_model(request.model, request.dtype)
+    request.devices.start(request.arguments())
+    request.check()
+    console = console_of_main()
+    model = load_model(request.model, request.dtype, mesh=_mesh(request, console))
     if request.seq > model.config.max_position_embeddings:
         raise InputError(f"--seq {request.seq} exceeds the model's context of {model.config.max_position_embeddings}")
     saved = [Placement(name=f"plan {path.stem}", plans=[load_plan(path, model)]) for path in request.plans]
     files = choose_text(request.text)
     text = prepare_text(
         model, files, tokens=request.tokens, seq=request.seq, batch=request.batch, seed=request.seed,
-        calibrate=request.input_range != "dynamic",
+        calibrate=request.input_range != "dynamic", parts=_window_parts(model),
     )  # fmt: skip
-    batches, size = text.batches, text.size
+    size, devices = text.size, 1 if model.mesh is None else model.mesh.size
     console.print(
         f"[bold]{model.name}[/bold]: {size.tokens:,} held-out tokens, {size.bytes:,} bytes, {size.questions:,} "
-        f"next-word questions; device {request.device}, {request.seeds} noise seeds, {jax.devices()[0].device_kind}"
+        f"next-word questions; device {request.device}, {request.seeds} noise seeds, "
+        f"{f'{devices} x ' if devices > 1 else ''}{jax.devices()[0].device_kind}"
     )
     calibration = None if text.aside is None else request.calibration(model, text.aside)
     keys = noise_keys(request.seed, request.seeds)
@@ -119,34 +139,66 @@ def run(request: EvalRequest) -> None:
         console.print(
             "experts are quantized and stay digital, whatever --rule and --digital say; --plan puts others on crossbars"
         )
-    digital = digital_point(model, batches, size, request.implementation)
-    points = _sweep(request, model, calibration, placements, keys, batches, size, console) if placements else []
-    seconds = time.perf_counter() - started
-
-    for metric, title, factor in (
-        ("perplexity", "Perplexity per token", 1.0),
-        ("bits_per_byte", "Bits per byte", 1.0),
-        ("accuracy", "Next-word accuracy, % of questions with 4 answers", 100.0),
-    ):
-        if getattr(digital, metric) is None:
-            console.print("no next-word accuracy: the text has too few different words that are one token")
-            continue
-        for table in metric_tables(title, metric, factor, digital, points, console):
-            console.print(table)
-    paired = differences("perplexity", points, _pairs(request, saved, placements))
-    for table in difference_tables("Perplexity, paired differences: mean [95 % interval]", paired, console):
-        console.print(table)
-    if points:
-        console.print(f"mean ± standard error over {request.seeds} seeds; done in {seconds:.0f} s")
-    if request.plot is not None and not points:
-        console.print("no figure: nothing is analog")
-    elif request.plot is not None:
+    with _progress(request, model, text, placements, calibration, keys) as store:
+        if store.finished:
+            console.print(f"{store.finished} parts of the text are finished: {request.progress}")
+        digital, load = digital_result(model, text.batches, size, request.implementation, store)
+        points = _sweep(request, model, calibration, placements, keys, text, console, store) if placements else []
+    results = Results(
+        model=model, size=size, files=files, digital=digital, points=points, load=load,
+        pairs=_pairs(request, saved, placements), seeds=request.seeds, seconds=time.perf_counter() - started,
+    )  # fmt: skip
+    print_results(results, console)
+    if hosts.is_main():
         title = f"{model.name}: {request.device} programming noise, {size.tokens:,} tokens, {request.seeds} seeds"
-        write_bytes(request.plot, plot_sweep(digital, points, title))
-        console.print(f"figure: {request.plot}")
-    if request.json_file is not None:
-        write_json(request.json_file, _record(request, model, files, size, digital, points, paired, seconds))
-        console.print(f"results: {request.json_file}")
+        write_results(results, title, request.plot, request.json_file, _settings(request, model), console)
+
+
+def _window_parts(model: Model) -> int:
+    """Into how many parts a batch of windows is cut."""
+    shard = WHOLE if model.mesh is None else shard_of(model.mesh)
+    return shard.data * shard.expert
+
+
+def _progress(
+    request: EvalRequest, model: Model, text: EvalText, placements: list[Placement], calibration: Calibration | None,
+    keys: jax.Array,
+) -> contextlib.AbstractContextManager[Progress]:  # fmt: skip
+    """Where sums of finished parts of the text are kept."""
+    if request.progress is None:
+        return contextlib.nullcontext(open_in_memory())
+    digest = hashlib.sha256()
+    for placement in placements:
+        digest.update(placement.name.encode())
+    plans = [placement.plans for placement in placements]
+    for values in jax.tree.leaves((plans, calibration, jax.random.key_data(keys), text.batches)):
+        digest.update(np.ascontiguousarray(values).tobytes())
+    identity = {
+        "model": model.name, "fingerprint": model_fingerprint(model), "text": dataclasses.asdict(text.size),
+        "placements, ranges, seeds and text": digest.hexdigest(),
+        "analog": describe(request.spec(request.noise_scales[0])), "noise scales": request.noise_scales,
+        "dtype": request.dtype, "weights": request.weights, "implementation": request.implementation,
+        "mesh": mesh_record(model.mesh), "device": jax.devices()[0].device_kind, "code": code_record(),
+    }  # fmt: skip
+    chunk = max(1, PART_TOKENS // (request.batch * request.seq))
+    return open_progress(request.progress, identity, chunk, is_main=hosts.is_main(), share=hosts.from_main)
+
+
+def _mesh(request: EvalRequest, console: Console) -> jax.sharding.Mesh | None:
+    """The mesh to load the model onto, or None."""
+    described = describe_model(request.model, request.dtype, load=False)
+    one = None
+    if described.layout is not None:
+        one = f"{request.model}: a model with quantized experts"
+    elif request.rule in DEVICE_RULES:
+        one = f"rule {request.rule}"
+    elif request.weights == "kernel":
+        one = "--weights kernel"
+    run = Workload(
+        batch=request.batch, seq=request.seq, seeds=request.seeds, dtype=parse_dtype(request.dtype),
+        weights=request.weights, dense=True,
+    )  # fmt: skip
+    return request.devices.choose(described.config, run, console, one=one)
 
 
 def make_placements(request: EvalRequest, scorer: Scorer, saved: list[Placement]) -> list[Placement]:
@@ -185,40 +237,25 @@ def _pairs(request: EvalRequest, saved: list[Placement], placements: list[Placem
 
 def _sweep(
     request: EvalRequest, model: Model, calibration: Calibration | None, placements: list[Placement], keys: jax.Array,
-    batches: Any, size: TextSize, console: Console,
+    text: EvalText, console: Console, store: Progress,
 ) -> list[Point]:  # fmt: skip
     spec = request.spec(request.noise_scales[0])
-    total = evaluations(placements, request.noise_scales, spec, request.seeds, request.weights)
+    total = evaluations(placements, request.noise_scales, spec, request.seeds, request.weights, model.mesh)
+    jobs = request.jobs or (2 if jax.default_backend() == "cpu" else 1)
     with show_progress(console, "noise seeds x placements", "evaluations", total) as advance:
         return noise_sweep(
-            model, spec, calibration, placements, request.noise_scales, keys, batches, size,
-            jobs=request.jobs or (2 if jax.default_backend() == "cpu" else 1),
-            progress=advance, weights=request.weights, implementation=request.implementation,
+            model, spec, calibration, placements, request.noise_scales, keys, text.batches, text.size,
+            jobs=jobs if model.mesh is None else 1, progress=advance, weights=request.weights,
+            implementation=request.implementation, store=store,
         )  # fmt: skip
 
 
-def _record(
-    request: EvalRequest, model: Model, files: list[Path], size: TextSize, digital: Point, points: list[Point],
-    paired: list[Difference], seconds: float,
-) -> dict[str, Any]:  # fmt: skip
-    options = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(request).items()}
-    options["plans"] = [str(path) for path in request.plans]
-    keys, layout = noise_keys(request.seed, request.seeds), layout_of(model.params.layers.moe.experts)
+def _settings(request: EvalRequest, model: Model) -> dict[str, Any]:
+    """What the record of results says of how they were made."""
+    keys = noise_keys(request.seed, request.seeds)
     return {
-        "format": "hetmoe-eval-1",
-        "provenance": provenance(),
-        "model": {
-            "name": model.name,
-            "fingerprint": model_fingerprint(model),
-            "config": dataclasses.asdict(model.config),
-            "quantization": None if layout is None else layout.to_json(),
-        },
-        "text": {"files": [f.name for f in files], **dataclasses.asdict(size)},
-        "options": options,
+        "options": request.arguments(),
         "analog": {**describe(request.spec(request.noise_scales[0])), "noise_scale": request.noise_scales},
         "seed_keys": np.asarray(jax.random.key_data(keys)).tolist(),
-        "digital": dataclasses.asdict(digital),
-        "points": [dataclasses.asdict(p) for p in points],
-        "paired_differences": {"metric": "perplexity", "of": [dataclasses.asdict(d) for d in paired]},
-        "seconds": round(seconds, 1),
+        "mesh": mesh_record(model.mesh),
     }

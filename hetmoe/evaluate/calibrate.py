@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from hetmoe.analog.calibration import Calibration, InputStatistics, RangeMethod, calibration_from
@@ -14,21 +15,39 @@ from hetmoe.analog.moments import Moments, observe_inputs
 from hetmoe.analog.tiles import row_blocks
 from hetmoe.errors import InputError
 from hetmoe.models.config import ModelConfig, check_tokens
+from hetmoe.models.hardware import Probe
 from hetmoe.models.params import Params
 from hetmoe.models.transformer import hidden_states
+from hetmoe.parallel.mesh import shard_of
+from hetmoe.parallel.model import pad_sequences
+from hetmoe.parallel.rules import on_mesh, param_specs
+from hetmoe.parallel.shard import TOKENS, WHOLE, Shard
 
 
-@functools.partial(jax.jit, static_argnames=("config", "tile_rows", "histogram"))
+@functools.partial(jax.jit, static_argnames=("config", "tile_rows", "histogram", "mesh"))
 def _observe(
-    params: Params, tokens: Array, config: ModelConfig, tile_rows: int, histogram: bool
+    params: Params, tokens: Array, config: ModelConfig, tile_rows: int, histogram: bool, mesh: jax.sharding.Mesh | None
 ) -> tuple[tuple[dict[str, Moments], dict[str, Moments]], Moments]:
     def observe(x: Array, real: Array, group: Array) -> Moments:
         return observe_inputs(x, real, group, groups=config.num_experts, tile_rows=tile_rows, histogram=histogram)
 
-    hidden, _, seen = hidden_states(params, tokens, config, observe=observe)
-    flat = hidden.reshape(1, -1, config.hidden_size)
-    head = observe(flat, jnp.ones(flat.shape[:2], bool), jnp.zeros((1,), jnp.int32))
-    return seen, head
+    def run(params: Params, tokens: Array, counted: Array | None, shard: Shard) -> Any:
+        hidden, _, seen = hidden_states(params, tokens, config, observe=observe, counted=counted, shard=shard)
+        probe = Probe(observe, None if counted is None else jnp.repeat(counted, tokens.shape[1]))
+        probe.single("lm_head", hidden.reshape(-1, config.hidden_size))
+        return seen, probe.seen["lm_head"]
+
+    if mesh is None:
+        return run(params, tokens, None, WHOLE)
+    shard = shard_of(mesh)
+
+    def part(params: Params, tokens: Array, counted: Array) -> Any:
+        found = run(params, tokens, counted, shard)
+        return jax.tree.map(lambda m: m.over_devices(TOKENS), found, is_leaf=_is_moments)
+
+    padded = pad_sequences(tokens, shard.data * shard.expert)
+    counted = jnp.arange(padded.shape[0]) < tokens.shape[0]
+    return on_mesh(part, mesh, (param_specs(config), P(TOKENS), P(TOKENS)), P())(params, padded, counted)
 
 
 def collect_statistics(
@@ -39,6 +58,7 @@ def collect_statistics(
     tile_rows: int = 512,
     batch: int = 4,
     histogram: bool = False,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> InputStatistics:
     """Statistics of the inputs of every matrix from one digital pass over `tokens`, `batch` sequences at a time.
 
@@ -49,6 +69,7 @@ def collect_statistics(
         tile_rows: rows of a crossbar tile, which ranges are per.
         batch: sequences per step of the moving average (those left over make a smaller last one).
         histogram: also count magnitudes, for the method `quantile`.
+        mesh: where the model lies; None = on one device.
 
     Raises:
         InputError: for no sequences, or a batch below 1.
@@ -60,7 +81,7 @@ def collect_statistics(
     counted: Any = None  # histograms are large: they are added up at once
     for start in range(0, tokens.shape[0], batch):
         found: Any = jax.tree.map(
-            np.asarray, _observe(params, tokens[start : start + batch], config, tile_rows, histogram)
+            np.asarray, _observe(params, tokens[start : start + batch], config, tile_rows, histogram, mesh)
         )
         new = [m.histogram for m in _moments(found)]
         counted = new if counted is None else [None if a is None else a + b for a, b in zip(counted, new, strict=True)]
@@ -106,8 +127,11 @@ def calibrate(
     *,
     tile_rows: int = 512,
     batch: int = 4,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Calibration:
     """Input ranges of every matrix from one digital pass over `tokens`, `batch` sequences at a time.
+
+    Arguments as of `collect_statistics`.
 
     Raises:
         InputError: for no sequences, a batch below 1, or inputs that are NaN or infinite.
@@ -116,5 +140,6 @@ def calibrate(
         raise InputError(f"calibration method {how!r} must be a RangeMethod, such as hetmoe.RangeMethod()")
     histogram = how.method == "quantile"
     return calibration_from(
-        collect_statistics(params, tokens, config, tile_rows=tile_rows, batch=batch, histogram=histogram), how
+        collect_statistics(params, tokens, config, tile_rows=tile_rows, batch=batch, histogram=histogram, mesh=mesh),
+        how,
     )

@@ -9,13 +9,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from hetmoe.analog.calibration import Calibration
 from hetmoe.analog.spec import AnalogSpec
 from hetmoe.errors import InputError
-from hetmoe.evaluate.run import Batches, Totals, evaluate_digital, evaluate_seeds
+from hetmoe.evaluate.progress import Progress, open_in_memory
+from hetmoe.evaluate.run import (
+    Batches,
+    Totals,
+    chunks,
+    evaluate_digital_and_load,
+    evaluate_seeds,
+    on_devices,
+)  # fmt: skip
 from hetmoe.models.analog_arguments import check_quantized
 from hetmoe.models.model import Model
+from hetmoe.parallel.mesh import shard_of
+from hetmoe.parallel.rules import calibration_specs, plan_specs, put
 from hetmoe.placement.plan import Plan, check_plan, place, stack_plans
 from hetmoe.placement.scores import score_experts
 from hetmoe.quantize.layout import layout_of
@@ -98,9 +109,36 @@ def make_point(name: str, scale: float, totals: Totals, size: TextSize, *, deter
 
 
 def digital_point(model: Model, batches: Batches, size: TextSize, implementation: str | None = None) -> Point:
-    """The model without any analog part: what all others are compared with; `implementation` as in `forward`."""
-    totals = evaluate_digital(model.params, batches, model.config, implementation)
-    return make_point("all digital", 0.0, totals, size, deterministic=True)
+    """`digital_result` without the load."""
+    return digital_result(model, batches, size, implementation)[0]
+
+
+def digital_result(
+    model: Model,
+    batches: Batches,
+    size: TextSize,
+    implementation: str | None = None,
+    store: Progress | None = None,
+) -> tuple[Point, np.ndarray]:
+    """The model without any analog part, what all others are compared with, and the load of its experts.
+
+    The load `[layers, experts]` counts token copies, those of windows that only fill the last batch left out.
+    Arguments as of `noise_sweep`.
+    """
+    store = open_in_memory() if store is None else store
+    found: list[dict[str, np.ndarray]] = []
+    for number, (_, part) in enumerate(chunks(batches, store.chunk or len(batches.tokens))):
+
+        def run(part: Batches = part) -> dict[str, Any]:
+            totals, load = evaluate_digital_and_load(
+                model.params, on_devices(part, model.mesh), model.config, implementation, model.mesh
+            )
+            return {"nll": totals.nll, "correct": totals.correct, "load": load}
+
+        found.append(store.sums(f"digital/{number}", run))
+    sums = {name: np.sum([part[name] for part in found], axis=0) for name in found[0]}
+    totals = Totals(nll=sums["nll"], correct=sums["correct"])
+    return make_point("all digital", 0.0, totals, size, deterministic=True), sums["load"].astype(np.int64)
 
 
 def noise_sweep(
@@ -114,9 +152,10 @@ def noise_sweep(
     size: TextSize,
     *,
     jobs: int,
-    progress: Callable[[int], Any],
+    progress: Callable[[float], Any],
     weights: str = "stored",
     implementation: str | None = None,
+    store: Progress | None = None,
 ) -> list[Point]:
     """Evaluates every placement at every noise scale over all seeds (`keys`).
 
@@ -132,10 +171,13 @@ def noise_sweep(
         batches: text and questions.
         size: what the sums are divided by.
         jobs: seeds run side by side, each in a thread with programmed weights of its own. Two use two CPU cores 1.4
-            times as well as XLA's own threads do with one; results do not depend on it.
-        progress: called with the number of finished (placement, scale, seed) evaluations, after each compiled call.
+            times as well as XLA's own threads do with one; results do not depend on it. 1 for a model on a mesh.
+        progress: called with the number of finished (placement, scale, seed) evaluations, or the part of it that was
+            done, after each compiled call.
         weights: when they are programmed, as in `evaluate_seeds`.
         implementation: as in `forward`.
+        store: keeps the sums of finished parts of the text; None = all text at once, for this run only. Crossbars are
+            programmed anew for every part.
 
     Raises:
         InputError: for placements of another model or with quantized experts on crossbars, a placement with neither
@@ -149,36 +191,68 @@ def noise_sweep(
         for plan in placement.plans:
             check_plan(plan, model.config)
             check_quantized(model.params, plan)
-    at_once = seeds_at_once(len(keys), weights)
+    mesh, store = model.mesh, open_in_memory() if store is None else store
+    if mesh is not None and jobs != 1:
+        raise InputError(f"jobs={jobs}: a mesh runs one program at a time: use jobs=1")
+    text = [(first, on_devices(part, mesh)) for first, part in chunks(batches, store.chunk or len(batches.tokens))]
+    at_once = seeds_at_once(len(keys), weights, mesh)
     points: dict[tuple[str, float], Point] = {}
     with ThreadPoolExecutor(jobs) as executor:
-        for group in _groups(placements):
+        for index, group in enumerate(_groups(placements)):
             per_seed = [stack_plans([p.plans[s % len(p.plans)] for p in group]) for s in range(len(keys))]
-            first = stack_plans(per_seed[:at_once])
+
+            def arguments(start: int, spec: AnalogSpec, number: int, per_seed: Any = per_seed) -> tuple[Any, ...]:
+                chosen = slice(start, start + at_once)
+                analog = (keys[chosen], stack_plans(per_seed[chosen]), spec, calibration)
+                return model.params, *_on_devices(analog, mesh), text[number][1]
+
             compiled = evaluate_seeds.lower(
-                model.params, keys[:at_once], first, spec, calibration, batches, model.config, weights, implementation
-            ).compile()  # once for all scales, seeds and plans, before threads start
+                *arguments(0, spec, 0), model.config, weights, implementation, mesh=mesh, first_batch=0
+            ).compile()  # once for all scales, seeds, plans and parts of the text, before threads start
             for scale in noise_scales:
                 scaled = dataclasses.replace(spec, noise_scale=jnp.asarray(scale, jnp.float32))
 
-                def run(start: int, compiled: Any = compiled, per_seed: Any = per_seed, scaled: Any = scaled) -> Totals:
-                    chosen = slice(start, start + at_once)
-                    plans = stack_plans(per_seed[chosen])
-                    totals = compiled(model.params, keys[chosen], plans, scaled, calibration, batches)
-                    totals = jax.tree.map(np.asarray, totals)
-                    progress(totals.nll.size)
-                    return totals
+                def run(
+                    part: tuple[int, int], compiled: Any = compiled, arguments: Any = arguments, scaled: Any = scaled,
+                    name: str = f"{index}/{scale!r}",
+                ) -> dict[str, np.ndarray]:  # fmt: skip
+                    start, number = part
+
+                    def evaluate() -> dict[str, Any]:
+                        totals = compiled(*arguments(start, scaled, number), first_batch=text[number][0])
+                        return {"nll": totals.nll, "correct": totals.correct}
+
+                    sums = store.sums(f"{name}/{start}/{number}", evaluate)
+                    progress(sums["nll"].size / len(text))
+                    return sums
 
                 quiet = is_quiet(scale, spec)
                 needed = _seeds_needed(group, quiet=quiet, seeds=len(keys))
-                parts = list(executor.map(run, range(0, needed, at_once)))
-                nll, correct = (np.concatenate(sums) for sums in zip(*parts, strict=True))
+                starts = range(0, needed, at_once)
+                parts = list(executor.map(run, [(start, n) for start in starts for n in range(len(text))]))
+                nll, correct = (_of_seeds([part[name] for part in parts], len(starts)) for name in ("nll", "correct"))
                 for column, placement in enumerate(group):
                     alone = quiet and len(placement.plans) == 1
                     rows = slice(0, 1) if alone else slice(None)
                     totals = Totals(nll=nll[rows, column], correct=correct[rows, column])
                     points[placement.name, scale] = make_point(placement.name, scale, totals, size, deterministic=alone)
     return [points[placement.name, scale] for placement in placements for scale in noise_scales]
+
+
+def _on_devices(analog: tuple[jax.Array, Plan, AnalogSpec, Any], mesh: jax.sharding.Mesh | None) -> tuple[Any, ...]:
+    """Keys, plans, hardware and ranges where a mesh wants them."""
+    if mesh is None:
+        return analog
+    keys, plans, spec, calibration = analog
+    specs = (P("seed"), plan_specs(plans, "seed", None), jax.tree.map(lambda _: P(), spec))
+    ranges = None if calibration is None else put(calibration, calibration_specs(calibration), mesh)
+    return *put((keys, plans, spec), specs, mesh), ranges
+
+
+def _of_seeds(parts: list[np.ndarray], starts: int) -> np.ndarray:
+    """Sums `[seeds, placements]` over the text, of parts `[seeds at once, placements]` that follow each other in it."""
+    together = np.stack(parts).reshape(starts, -1, *parts[0].shape).sum(axis=1)
+    return together.reshape(-1, together.shape[-1])
 
 
 def _groups(placements: Sequence[Placement]) -> list[list[Placement]]:
@@ -194,10 +268,15 @@ def _seeds_needed(group: Sequence[Placement], *, quiet: bool, seeds: int) -> int
     return 1 if quiet and all(len(p.plans) == 1 for p in group) else seeds
 
 
-def seeds_at_once(seeds: int, weights: str) -> int:
-    """Seeds per compiled call: all if they run together, else few, to see progress and share threads evenly."""
+def seeds_at_once(seeds: int, weights: str, mesh: jax.sharding.Mesh | None = None) -> int:
+    """Seeds per compiled call: all if they run together, else few, to see progress and share threads evenly.
+
+    On a mesh as many as its axis `seed` has parts.
+    """
     if weights == "kernel":
         return seeds
+    if mesh is not None:
+        return shard_of(mesh).seed
     return 2 if seeds % 2 == 0 else 1
 
 
@@ -212,11 +291,12 @@ def evaluations(
     spec: AnalogSpec,
     seeds: int,
     weights: str = "stored",
+    mesh: jax.sharding.Mesh | None = None,
 ) -> int:
     """How many evaluations `noise_sweep` will report to `progress`."""
     total = 0
     for group in _groups(placements):
         for scale in noise_scales:
             needed = _seeds_needed(group, quiet=is_quiet(scale, spec), seeds=seeds)
-            total += len(group) * max(needed, seeds_at_once(seeds, weights))
+            total += len(group) * max(needed, seeds_at_once(seeds, weights, mesh))
     return total

@@ -27,7 +27,15 @@ class EvalText:
 
 
 def prepare_text(
-    model: Model, files: Sequence[Path], *, tokens: int | None, seq: int, batch: int, seed: int, calibrate: bool
+    model: Model,
+    files: Sequence[Path],
+    *,
+    tokens: int | None,
+    seq: int,
+    batch: int,
+    seed: int,
+    calibrate: bool,
+    parts: int = 1,
 ) -> EvalText:
     """Windows, questions and batches.
 
@@ -39,6 +47,7 @@ def prepare_text(
         batch: windows run at once.
         seed: of the questions' wrong answers.
         calibrate: set windows aside.
+        parts: into which a mesh cuts a batch.
 
     Raises:
         InputError: for unusable or too little text.
@@ -51,7 +60,7 @@ def prepare_text(
     choices, asked = word_questions(windows, sources, seed)
     sample = aside if calibrate else apart(sources, len(windows), 0, WINDOWS_TO_CALIBRATE)
     return EvalText(
-        batches=make_batches(windows, choices, asked, min(batch, len(windows))),
+        batches=make_batches(windows, choices, asked, min(batch, -(-len(windows) // parts) * parts)),
         size=TextSize(tokens=windows.byte_count.size, bytes=int(windows.byte_count.sum()), questions=int(asked.sum())),
         aside=aside if calibrate else None,
         sample=windows if sample is None else sample,

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from hetmoe.analog.calibration import Calibration
@@ -16,7 +17,11 @@ from hetmoe.evaluate.text import Windows
 from hetmoe.models.config import ModelConfig
 from hetmoe.models.likelihood import choice_log_probs
 from hetmoe.models.params import Params
+from hetmoe.models.routing import Routing
 from hetmoe.models.transformer import head_logits, hidden_states
+from hetmoe.parallel.mesh import shard_of
+from hetmoe.parallel.rules import WINDOWS, calibration_specs, on_mesh, param_specs, plan_specs, put
+from hetmoe.parallel.shard import WHOLE, Shard
 from hetmoe.placement.plan import Plan
 
 READ_STREAM = 0x7EAD  # folded into a seed's key for read noise; far from any layer number, which programming folds in
@@ -44,6 +49,27 @@ def make_batches(windows: Windows, choices: np.ndarray, asked: np.ndarray, batch
     return _batches(windows.tokens, choices, asked, batch)
 
 
+def chunks(batches: Batches, size: int) -> list[tuple[int, Batches]]:
+    """(number of the first batch, batches) of the text in pieces of `size` batches.
+
+    The last piece is filled up with copies of its first batch of weight 0, so that one program serves all.
+    """
+    found: list[tuple[int, Batches]] = []
+    for start in range(0, batches.tokens.shape[0], size):
+        part: Batches = jax.tree.map(lambda leaf, at=start: leaf[at : at + size], batches)
+        if more := size - part.tokens.shape[0]:
+            fill: Batches = jax.tree.map(lambda leaf, n=more: jnp.repeat(leaf[:1], n, axis=0), part)
+            fill = fill.replace(weight=jnp.zeros_like(fill.weight), asked=jnp.zeros_like(fill.asked))
+            part = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), part, fill)
+        found.append((start, part))
+    return found
+
+
+def on_devices(batches: Batches, mesh: jax.sharding.Mesh | None) -> Batches:
+    """The text where a mesh wants it."""
+    return batches if mesh is None else put(batches, jax.tree.map(lambda _: WINDOWS, batches), mesh)
+
+
 def loss_batches(tokens: Int[np.ndarray, "windows context"], batch: int) -> Batches:
     """Batches of text without next-word questions."""
     return _batches(tokens, tokens[:, 1:, None], np.zeros(tokens[:, 1:].shape, bool), batch)
@@ -66,19 +92,33 @@ def _batches(tokens: np.ndarray, choices: np.ndarray, asked: np.ndarray, batch: 
     )
 
 
-def _score_batch(params: Params, batch: Batches, config: ModelConfig, analog: dict[str, Any]) -> Totals:
-    """Totals of one batch (leaves of `batch` without their first axis)."""
-    hidden, _, _ = hidden_states(params, batch.tokens[:, :-1], config, **analog)
+def _score_batch(
+    params: Params, batch: Batches, config: ModelConfig, analog: dict[str, Any], shard: Shard
+) -> tuple[Totals, Routing]:
+    """Totals of every window of one batch (leaves of `batch` without their first axis), and where its tokens went."""
+    hidden, routing, _ = hidden_states(params, batch.tokens[:, :-1], config, **analog, shard=shard)
     rows, seq, width = hidden.shape
+    first = shard.first_token(rows * seq).astype(jnp.uint32)
 
-    def logits_of(part: Array, first: Array) -> Array:
-        return head_logits(part, params, first_row=first, **analog)
+    def logits_of(part: Array, row: Array) -> Array:
+        return head_logits(part, params, first_row=first + row, **analog, shard=shard)
 
     choices = batch.choices.reshape(rows * seq, -1)
-    log_probs = choice_log_probs(logits_of, hidden.reshape(rows * seq, width), choices).reshape(rows, seq, -1)
+    log_probs = choice_log_probs(logits_of, hidden.reshape(rows * seq, width), choices, shard).reshape(rows, seq, -1)
     weight = batch.weight[:, None]
     credit = answer_credit(log_probs) * batch.asked.astype(jnp.float32)
-    return Totals(nll=-jnp.sum(log_probs[..., 0] * weight), correct=jnp.sum(credit * weight))
+    return Totals(nll=-jnp.sum(log_probs[..., 0] * weight, axis=1), correct=jnp.sum(credit * weight, axis=1)), routing
+
+
+def _added(windows: Totals, shard: Shard) -> Totals:
+    """Sums over the last two axes, batches and windows; on a mesh over those of all devices, in the same order."""
+
+    def add(sums: Array) -> Array:
+        if shard.token_axes:
+            sums = jax.lax.all_gather(sums, shard.token_axes, axis=sums.ndim - 1, tiled=True)
+        return jnp.sum(sums, axis=(-2, -1))
+
+    return jax.tree.map(add, windows)
 
 
 def answer_credit(log_probs: Float[Array, "*batch choices"]) -> Float[Array, "*batch"]:
@@ -87,15 +127,55 @@ def answer_credit(log_probs: Float[Array, "*batch choices"]) -> Float[Array, "*b
     return best[..., 0].astype(jnp.float32) / jnp.sum(best.astype(jnp.float32), axis=-1)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "implementation"))
+@functools.partial(jax.jit, static_argnames=("config", "implementation", "mesh"))
 def evaluate_digital(
-    params: Params, batches: Batches, config: ModelConfig, implementation: str | None = None
+    params: Params,
+    batches: Batches,
+    config: ModelConfig,
+    implementation: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Totals:
-    """Totals of the digital model; `implementation` as in `forward`, static."""
+    """Totals of the digital model; arguments as of `evaluate_seeds`."""
+    return evaluate_digital_and_load(params, batches, config, implementation, mesh)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "implementation", "mesh"))
+def evaluate_digital_and_load(
+    params: Params,
+    batches: Batches,
+    config: ModelConfig,
+    implementation: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> tuple[Totals, Int[Array, "layers experts"]]:
+    """`evaluate_digital`, and how many token copies each expert got."""
     nothing = dict.fromkeys(("plan", "spec", "programmed", "calibration", "read_key"))
     digital = {**nothing, "implementation": implementation}
-    per_batch = jax.lax.map(lambda batch: _score_batch(params, batch, config, digital), batches)
-    return jax.tree.map(jnp.sum, per_batch)
+    shard = WHOLE if mesh is None else shard_of(mesh)
+
+    def run(params: Params, batches: Batches) -> tuple[Totals, Array]:
+        def one(load: Array, batch: Batches) -> tuple[Array, Totals]:
+            totals, routing = _score_batch(params, batch, config, digital, shard)
+            real = jnp.repeat(batch.weight > 0, batch.tokens.shape[1] - 1)
+            return load + _copies(routing, real, config), totals
+
+        start = jnp.zeros((len(config.moe_layers), config.num_experts), jnp.int32)
+        load, totals = jax.lax.scan(one, start, batches)
+        return _added(totals, shard), jax.lax.psum(load, shard.token_axes) if shard.token_axes else load
+
+    if mesh is None:
+        return run(params, batches)
+    return on_mesh(run, mesh, (param_specs(config), WINDOWS), P())(params, batches)
+
+
+def _copies(routing: Routing, real: Bool[Array, "tokens"], config: ModelConfig) -> Int[Array, "layers experts"]:
+    """Token copies by expert; tokens that are not `real` do not count."""
+
+    def of_layer(chosen: Array) -> Array:
+        experts = jnp.arange(config.num_experts, dtype=chosen.dtype)
+        went = jnp.any(chosen[:, :, None] == experts[None, None, :], axis=1) & real[:, None]
+        return jnp.sum(went.astype(jnp.int32), axis=0)
+
+    return jax.lax.map(of_layer, routing.chosen)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -115,13 +195,12 @@ def evaluate_programmed(
             "plan": plan, "spec": spec, "programmed": programmed, "calibration": calibration, "read_key": None,
             "implementation": None,
         }  # fmt: skip
-        per_batch = jax.lax.map(lambda batch: _score_batch(params, batch, config, analog), batches)
-        return jax.tree.map(jnp.sum, per_batch)
+        return _added(jax.lax.map(lambda batch: _score_batch(params, batch, config, analog, WHOLE)[0], batches), WHOLE)
 
     return jax.lax.map(one_plan, plans)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "weights", "implementation"))
+@functools.partial(jax.jit, static_argnames=("config", "weights", "implementation", "mesh"))
 def evaluate_seeds(
     params: Params,
     keys: jax.Array,
@@ -132,7 +211,10 @@ def evaluate_seeds(
     config: ModelConfig,
     weights: str = "stored",
     implementation: str | None = None,
+    *,
     targets: Params | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    first_batch: Int[Array, ""] | int = 0,
 ) -> Totals:
     """Totals `[seeds, placements]`: all placements of a seed run on the same chip.
 
@@ -142,7 +224,7 @@ def evaluate_seeds(
     Compiles once for all noise scales, seeds and placements of one shape.
 
     Args:
-        params: the model.
+        params: the model; on a mesh, as `hetmoe.parallel.rules.param_shardings` says.
         keys: `[seeds]` noise keys.
         plans: leaves with leading axes `[seeds, placements]`.
         spec: analog hardware.
@@ -153,13 +235,38 @@ def evaluate_seeds(
         implementation: as in `forward`; static.
         targets: what crossbars are programmed with; None = `params`. For stored weights only: digital experts may then
             be those of a quantized model, as the values that their codes stand for, in one program for all precisions.
+        mesh: devices to spread windows, seeds, experts and columns over (`hetmoe.parallel.shard`); None = one; static.
+            Numbers do not depend on it but for rounding. Seeds along `seed` run side by side.
+        first_batch: number of the first batch in the whole text, which read noise follows.
     """
+    shard = WHOLE if mesh is None else shard_of(mesh)
+    first = jnp.asarray(first_batch, jnp.int32)
+
+    def run(*arguments: Any) -> Totals:
+        totals = _seeds(*arguments, config=config, weights=weights, implementation=implementation, shard=shard)
+        return jax.tree.map(shard.gather_seeds, totals)
+
+    if mesh is None:
+        return run(params, targets, keys, plans, spec, calibration, batches, first)
+    specs = (
+        param_specs(config), None if targets is None else param_specs(config), P("seed"),
+        plan_specs(plans, "seed", None), P(), calibration_specs(calibration), WINDOWS, P(),
+    )  # fmt: skip
+    return on_mesh(run, mesh, specs, P())(params, targets, keys, plans, spec, calibration, batches, first)
+
+
+def _seeds(
+    params: Params, targets: Params | None, keys: jax.Array, plans: Plan, spec: AnalogSpec,
+    calibration: Calibration | None, batches: Batches, first_batch: Array, *, config: ModelConfig, weights: str,
+    implementation: str | None, shard: Shard,
+) -> Totals:  # fmt: skip
+    """One device's share of `evaluate_seeds`."""
     dense = plans.switches_dense
 
     def one_seed(seed: tuple[jax.Array, Plan]) -> Totals:
         key, seed_plans = seed
         if weights == "stored":
-            programmed = program(key, params if targets is None else targets, spec, dense=dense)
+            programmed = program(key, params if targets is None else targets, spec, dense=dense, shard=shard)
         else:
             programmed = seeded_weights(key, dense=dense, when=weights)  # pyright: ignore[reportArgumentType]
 
@@ -173,10 +280,10 @@ def evaluate_seeds(
                     "plan": plan, "spec": spec, "programmed": programmed,
                     "calibration": calibration, "read_key": read_key, "implementation": implementation,
                 }  # fmt: skip
-                return _score_batch(params, batch, config, analog)
+                return _score_batch(params, batch, config, analog, shard)[0]
 
-            per_batch = jax.lax.map(one_batch, (jnp.arange(batches.tokens.shape[0]), batches))
-            return jax.tree.map(jnp.sum, per_batch)
+            numbers = first_batch + jnp.arange(batches.tokens.shape[0], dtype=jnp.int32)
+            return _added(jax.lax.map(one_batch, (numbers, batches)), shard)
 
         return jax.lax.map(one_placement, seed_plans)
 

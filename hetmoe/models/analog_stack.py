@@ -14,6 +14,7 @@ from hetmoe.models.config import ModelConfig
 from hetmoe.models.hardware import LayerHardware
 from hetmoe.models.matrices import crossbar_matrices
 from hetmoe.models.params import DenseLayer, Layer, Params
+from hetmoe.parallel.shard import WHOLE, Shard
 from hetmoe.placement.plan import Plan
 
 
@@ -29,6 +30,7 @@ def _hardware_of(
     *,
     moe: bool,
     implementation: str | None,
+    shard: Shard,
 ) -> LayerHardware:
     """The analog side of all layers of one kind, every leaf with a leading layer axis."""
     count = len(numbers)
@@ -46,6 +48,7 @@ def _hardware_of(
         read_key=keys,
         spec=jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), spec),
         implementation=implementation,
+        shard=shard,
     )
 
 
@@ -67,6 +70,7 @@ def stacked_hardware(
     calibration: Calibration | None,
     read_key: jax.Array | None,
     implementation: str | None,
+    shard: Shard = WHOLE,
 ) -> dict[bool, LayerHardware]:
     """The analog side of the layers with (True) and without (False) experts."""
     ranges = (None, None) if calibration is None else (calibration.layers, calibration.dense_layers)
@@ -75,13 +79,23 @@ def stacked_hardware(
     moe = config.moe_layers
     found = {
         True: _hardware_of(
-            moe, params.layers, stacks[0], 0, plan, spec, ranges[0], read_key, moe=True, implementation=implementation
+            moe,
+            params.layers,
+            stacks[0],
+            0,
+            plan,
+            spec,
+            ranges[0],
+            read_key,
+            moe=True,
+            implementation=implementation,
+            shard=shard,
         )
     }
     if params.dense_layers is not None:
         found[False] = _hardware_of(
             config.dense_layers, params.dense_layers, stacks[1], len(moe) + 1, plan, spec, ranges[1], read_key,
-            moe=False, implementation=implementation,
+            moe=False, implementation=implementation, shard=shard,
         )  # fmt: skip
     return found
 

@@ -12,6 +12,7 @@ from hetmoe.models.config import LatentAttention, ModelConfig
 from hetmoe.models.hardware import LayerHardware, Probe, dense_matmul
 from hetmoe.models.params import Attention
 from hetmoe.models.rotary import latent_score_factor, rotary
+from hetmoe.parallel.shard import WHOLE, Shard
 
 QUERY_CHUNK = 256  # queries of a long sequence whose scores are held at once
 LONG = 512  # positions from which on queries are taken in chunks
@@ -33,11 +34,12 @@ def attention_block(
     config: ModelConfig,
     hardware: LayerHardware | None,
     probe: Probe,
+    shard: Shard = WHOLE,
 ) -> Float[Array, "batch seq hidden"]:
-    """What attention adds to the residual stream; `x` is already normed."""
-    q, k, v = queries_keys_values(x, weights, config, hardware, probe, jnp.arange(x.shape[1]))
+    """What attention adds to the residual stream; `x` is already normed. A device attends with its own heads."""
+    q, k, v = queries_keys_values(x, weights, config, hardware, probe, jnp.arange(x.shape[1]), shard)
     mixed = attend(q, k, v, scale=score_scale(config), window=config.sliding_window)
-    return project_out(mixed, weights, hardware, probe)
+    return project_out(mixed, weights, hardware, probe, shard)
 
 
 def queries_keys_values(
@@ -47,20 +49,24 @@ def queries_keys_values(
     hardware: LayerHardware | None,
     probe: Probe,
     positions: Int[Array, "seq"],
+    shard: Shard = WHOLE,
 ) -> tuple[Float[Array, "batch seq heads dim"], Float[Array, "batch seq kv dim"], Float[Array, "batch seq kv value"]]:
-    """Turned queries and keys, and values, of normed states at `positions`; latents are expanded."""
+    """Turned queries and keys, and values, of normed states at `positions`; latents are expanded.
+
+    Of the device's own heads, where a mesh axis `tensor` cuts them.
+    """
     flat = x.reshape(-1, x.shape[-1])
 
     def project(inputs: Array, name: str) -> Array:
         return _project(inputs, weights, name, hardware)
 
-    def heads(values: Array, count: int) -> Array:
-        return rearrange(values, "(b s) (n d) -> b s n d", b=x.shape[0], n=count)
+    def heads(values: Array, width: int) -> Array:
+        return rearrange(values, "(b s) (n d) -> b s n d", b=x.shape[0], d=width)
 
     probe.single("attention_in", flat)
     if config.latent is None:
-        return _plain(flat, weights, config, project, heads, positions)
-    return _latent(flat, weights, config, config.latent, project, heads, probe, positions)
+        return _plain(flat, weights, config, project, heads, positions, shard)
+    return _latent(flat, weights, config, config.latent, project, heads, probe, positions, shard)
 
 
 def score_scale(config: ModelConfig) -> float:
@@ -69,12 +75,16 @@ def score_scale(config: ModelConfig) -> float:
 
 
 def project_out(
-    mixed: Float[Array, "batch seq width"], weights: Attention, hardware: LayerHardware | None, probe: Probe
+    mixed: Float[Array, "batch seq width"],
+    weights: Attention,
+    hardware: LayerHardware | None,
+    probe: Probe,
+    shard: Shard = WHOLE,
 ) -> Float[Array, "batch seq hidden"]:
-    """The output projection of what attention mixed."""
-    flat = mixed.reshape(-1, mixed.shape[-1])
+    """The output projection of what attention mixed, on all devices along `tensor`."""
+    flat = shard.gather_columns(mixed.reshape(-1, mixed.shape[-1]))
     probe.single("attention_out", flat)
-    return _project(flat, weights, "o", hardware).reshape(*mixed.shape[:-1], -1)
+    return shard.gather_columns(_project(flat, weights, "o", hardware)).reshape(*mixed.shape[:-1], -1)
 
 
 def _project(inputs: Array, weights: Attention, name: str, hardware: LayerHardware | None) -> Array:
@@ -85,36 +95,49 @@ def _project(inputs: Array, weights: Attention, name: str, hardware: LayerHardwa
 
 def _plain(
     x: Array, weights: Attention, config: ModelConfig, project: Callable[[Array, str], Array],
-    heads: Callable[[Array, int], Array], positions: Array,
+    heads: Callable[[Array, int], Array], positions: Array, shard: Shard,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     q, k, v = project(x, "q"), project(x, "k"), project(x, "v")
     eps = config.rms_norm_eps
     if config.qk_norm == "width":
-        q, k = rms_norm(q, weights.q_norm, eps), rms_norm(k, weights.k_norm, eps)
+        q = shard.own_columns(rms_norm(shard.gather_columns(q), weights.q_norm, eps))
+        k = shard.own_columns(rms_norm(shard.gather_columns(k), weights.k_norm, eps))
     if config.clip_qkv is not None:
         q, k, v = (jnp.clip(t, -config.clip_qkv, config.clip_qkv) for t in (q, k, v))
-    q, k, v = heads(q, config.num_heads), heads(k, config.num_kv_heads), heads(v, config.num_kv_heads)
+    q = heads(q, config.head_dim)
+    k, v = (heads(_of_own_heads(values, config, shard), config.head_dim) for values in (k, v))
     if config.qk_norm == "head":
         q, k = rms_norm(q, weights.q_norm, eps), rms_norm(k, weights.k_norm, eps)
     return rotary(q, positions, config.rope), rotary(k, positions, config.rope), v
 
 
+def _of_own_heads(values: Array, config: ModelConfig, shard: Shard) -> Array:
+    """Keys or values of the heads that a device's queries look at: its part or, of fewer heads than devices, one."""
+    if config.num_kv_heads % shard.tensor == 0:
+        return values
+    head = shard.first("tensor", 1) // (shard.tensor // config.num_kv_heads)
+    return jax.lax.dynamic_slice_in_dim(
+        shard.gather_columns(values), head * config.head_dim, config.head_dim, axis=values.ndim - 1
+    )
+
+
 def _latent(
     x: Array, weights: Attention, config: ModelConfig, latent: LatentAttention,
     project: Callable[[Array, str], Array], heads: Callable[[Array, int], Array], probe: Probe, positions: Array,
+    shard: Shard,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """Queries, keys and values of latent attention (DeepSeek-V2, arXiv 2405.04434, eqs. 9-19), latents expanded."""
     if latent.query_rank is None:
         q = project(x, "q")
     else:
-        query = rms_norm(project(x, "q_a"), weights.q_a_norm, latent.norm_eps)
+        query = rms_norm(shard.gather_columns(project(x, "q_a")), weights.q_a_norm, latent.norm_eps)
         probe.single("query_latent", query)
         q = project(query, "q_b")
-    compressed = project(x, "kv_a")
+    compressed = shard.gather_columns(project(x, "kv_a"))
     content = rms_norm(compressed[:, : latent.kv_rank], weights.kv_a_norm, latent.norm_eps)
     probe.single("kv_latent", content)
-    kv = heads(project(content, "kv_b"), config.num_heads)
-    q, shared_key = heads(q, config.num_heads), heads(compressed[:, latent.kv_rank :], 1)
+    kv = heads(project(content, "kv_b"), latent.content_dim + latent.value_dim)
+    q, shared_key = heads(q, config.head_dim), heads(compressed[:, latent.kv_rank :], latent.rope_dim)
     split = latent.content_dim
     turned_q = rotary(q[..., split:], positions, config.rope)
     turned_k = rotary(shared_key, positions, config.rope)

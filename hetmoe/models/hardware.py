@@ -10,21 +10,25 @@ from flax import struct
 from jaxtyping import Array, Bool
 
 from hetmoe.analog.programming import ProgrammedMatrix, SeededMatrix, realise
-from hetmoe.analog.read_noise import ReadNoise
+from hetmoe.analog.read_noise import ReadDraw
 from hetmoe.analog.spec import AnalogSpec
 from hetmoe.models.matrices import MATRICES, Matrix, crossbar_matrices
 from hetmoe.models.params import DenseLayer, Layer
 from hetmoe.ops.grouped_crossbar.api import matrix_product
+from hetmoe.parallel.shard import WHOLE, Shard
 
 # (inputs [groups, rows, K], which rows are real, expert of each group) -> statistics per expert
 Observer = Callable[[Array, Array, Array], Any]
 
 
 class Probe:
-    """Collects what an observer makes of the inputs of a layer's matrices, by site; without one it does nothing."""
+    """Collects what an observer makes of the inputs of a layer's matrices, by site; without one it does nothing.
 
-    def __init__(self, observe: Observer | None) -> None:
-        self._observe, self.seen = observe, dict[str, Any]()
+    `counted` says which tokens it is to see, None = all. Those that it is not to see go to no expert.
+    """
+
+    def __init__(self, observe: Observer | None, counted: Bool[Array, "tokens"] | None = None) -> None:
+        self._observe, self.counted, self.seen = observe, counted, dict[str, Any]()
 
     @property
     def sees(self) -> bool:
@@ -38,7 +42,8 @@ class Probe:
 
     def single(self, site: str, x: Array) -> None:
         """Inputs `[tokens, K]` of a matrix that every token goes through."""
-        self.grouped(site, x[None], jnp.ones((1, x.shape[0]), bool), jnp.zeros((1,), jnp.int32))
+        counted = jnp.ones((x.shape[0],), bool) if self.counted is None else self.counted
+        self.grouped(site, x[None], counted[None], jnp.zeros((1,), jnp.int32))
 
 
 @struct.dataclass
@@ -52,31 +57,39 @@ class LayerHardware:
     read_key: jax.Array | None
     spec: AnalogSpec
     implementation: str | None = struct.field(pytree_node=False)
+    shard: Shard = struct.field(pytree_node=False, default=WHOLE)  # which experts and columns these are
 
     def program(self, layer: Layer | DenseLayer) -> "LayerHardware":
         """With the weights of this layer made from their keys."""
         clean = crossbar_matrices(layer)
-        programmed = {name: realise(matrix, clean[name], self.spec) for name, matrix in self.programmed.items()}
+        programmed = {
+            name: realise(matrix, clean[name], self.spec, shard=self.shard) for name, matrix in self.programmed.items()
+        }
         return dataclasses.replace(self, programmed=programmed)
 
     def input_range(self, name: str) -> Array | None:
         """DAC ranges of the inputs of a matrix; matrices that share an input share its converter."""
         return None if self.ranges is None else self.ranges[MATRICES[name].site]
 
-    def read(self, name: str, rows: Array) -> tuple[ReadNoise, jax.Array, Array] | None:
-        """Read noise for a matrix, or None."""
+    def read(self, name: str, rows: Array) -> ReadDraw | None:
+        """Read noise for a matrix, or None; `rows` number its input vectors in the whole batch."""
         if self.spec.read_noise is None or self.read_key is None:
             return None
-        return self.spec.read_noise, jax.random.fold_in(self.read_key, Matrix[name.upper()]), rows
+        key = jax.random.fold_in(self.read_key, Matrix[name.upper()])
+        return ReadDraw(self.spec.read_noise, key, rows, self.shard)
 
 
 def dense_matmul(x: Array, w: Array, name: str, hardware: LayerHardware | None) -> Array:
-    """`x[tokens, K] @ w[K, N]` of a matrix outside the experts, digital or on its crossbar; in the dtype of `x`."""
+    """`x[tokens, K] @ w[K, N]` of a matrix outside the experts, digital or on its crossbar; in the dtype of `x`.
+
+    On a mesh `w` has this device's columns, and so has the result.
+    """
     module = MATRICES[name].module
     if hardware is None or module not in hardware.dense:
         return jnp.matmul(x, w, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32).astype(x.dtype)
-    read = hardware.read(name, jnp.arange(x.shape[0], dtype=jnp.uint32))
+    first = hardware.shard.first_token(x.shape[0]).astype(jnp.uint32)
+    read = hardware.read(name, first + jnp.arange(x.shape[0], dtype=jnp.uint32))
     return matrix_product(
         x, w, hardware.programmed[name], analog=hardware.dense[module], input_range=hardware.input_range(name),
-        spec=hardware.spec, read=read, implementation=hardware.implementation,
+        spec=hardware.spec, read=read, implementation=hardware.implementation, shard=hardware.shard,
     ).astype(x.dtype)  # fmt: skip

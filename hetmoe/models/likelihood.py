@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from hetmoe.parallel.shard import WHOLE, Shard
+
 CHUNK = 256  # tokens whose logits are held at once: with a vocabulary of 4096 they fit in cache, twice as fast on CPU
 
 
@@ -14,6 +16,7 @@ def choice_log_probs(
     logits_of: Callable[[Array, Array], Array],
     hidden: Float[Array, "tokens hidden"],
     choices: Int[Array, "tokens choices"],
+    shard: Shard = WHOLE,
 ) -> Float[Array, "tokens choices"]:
     """Log-probabilities (nats, float32) of some next tokens at every position.
 
@@ -21,8 +24,9 @@ def choice_log_probs(
         logits_of: (hidden states of a chunk, number of its first token) -> logits.
         hidden: final hidden states.
         choices: token ids whose log-probability is wanted, for instance the true next token alone.
+        shard: which part of the vocabulary, a mesh axis `tensor` cuts it, the logits are of.
     """
-    return _by_chunk(logits_of, hidden, choices, _log_probs)
+    return _by_chunk(logits_of, hidden, choices, lambda logits, ids: _log_probs(logits, ids, shard))
 
 
 def choice_log_probs_and_best(
@@ -32,12 +36,19 @@ def choice_log_probs_and_best(
 ) -> tuple[Float[Array, "tokens choices"], Int[Array, "tokens"]]:
     """`choice_log_probs`, and the likeliest next token at every position (the first of equals)."""
     return _by_chunk(
-        logits_of, hidden, choices, lambda logits, ids: (_log_probs(logits, ids), jnp.argmax(logits, axis=-1))
+        logits_of, hidden, choices, lambda logits, ids: (_log_probs(logits, ids, WHOLE), jnp.argmax(logits, axis=-1))
     )
 
 
-def _log_probs(logits: Array, ids: Array) -> Array:
-    return jnp.take_along_axis(logits, ids, axis=1) - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+def _log_probs(logits: Array, ids: Array, shard: Shard) -> Array:
+    if shard.tensor == 1:
+        return jnp.take_along_axis(logits, ids, axis=1) - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    count = logits.shape[1]
+    here = ids - shard.first("tensor", count)
+    found = jnp.take_along_axis(logits, jnp.clip(here, 0, count - 1), axis=1)
+    chosen = shard.sum_columns(jnp.where((here >= 0) & (here < count), found, 0))  # one device has it
+    largest = shard.largest_column(jnp.max(logits, axis=-1, keepdims=True))
+    return chosen - largest - jnp.log(shard.sum_columns(jnp.sum(jnp.exp(logits - largest), axis=-1, keepdims=True)))
 
 
 def _by_chunk(

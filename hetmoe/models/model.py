@@ -4,6 +4,7 @@ import hashlib
 import json
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -24,6 +25,7 @@ class Model:
     eos_token_id: int | None = struct.field(pytree_node=False)
     name: str = struct.field(pytree_node=False)
     bos_token_id: int | None = struct.field(pytree_node=False, default=None)
+    mesh: jax.sharding.Mesh | None = struct.field(pytree_node=False, default=None)  # where `params` lie; None: together
 
     @property
     def start_token_id(self) -> int | None:
@@ -45,4 +47,4 @@ def fingerprint(config: ModelConfig, routers: Any) -> str:
 
 def model_fingerprint(model: Model) -> str:
     """`fingerprint` of a model in memory."""
-    return fingerprint(model.config, model.params.layers.moe.router)
+    return fingerprint(model.config, np.asarray(model.params.layers.moe.router))

@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from hetmoe.analog.calibration import Calibration
 from hetmoe.analog.programming import ProgrammedWeights, SeededWeights
+from hetmoe.analog.read_noise import ReadDraw
 from hetmoe.analog.spec import AnalogSpec
 from hetmoe.errors import InputError
 from hetmoe.models.abstract import abstract_params, is_leaf
@@ -23,6 +24,7 @@ from hetmoe.models.params import DenseLayer, Layer, Params
 from hetmoe.models.routing import Routing, route
 from hetmoe.ops import narrow
 from hetmoe.ops.grouped_crossbar.api import matrix_product
+from hetmoe.parallel.shard import WHOLE, Shard
 from hetmoe.placement.plan import Plan
 from hetmoe.quantize.mixed import attach, detach, is_mixed
 
@@ -42,15 +44,17 @@ def decoder_layer(
     hardware: LayerHardware | None,
     probe: Probe,
     implementation: str | None,
+    shard: Shard = WHOLE,
 ) -> LayerResult:
     """Attention, then experts or a dense feed-forward network, each behind a norm and beside the residual stream.
 
-    `implementation` is that of the routed experts; dense modules on crossbars have theirs from `hardware`.
+    `implementation` is that of the routed experts; dense modules on crossbars have theirs from `hardware`. On a mesh
+    `x` and the result are whole on all devices along `tensor`.
     """
     with jax.named_scope("attention"):
         normed = rms_norm(x, layer.input_norm, config.rms_norm_eps)
-        x = x + attention_block(normed, layer.attention, config, hardware, probe)
-    return behind_attention(x, layer, config, hardware, probe, implementation)
+        x = x + attention_block(normed, layer.attention, config, hardware, probe, shard)
+    return behind_attention(x, layer, config, hardware, probe, implementation, shard=shard)
 
 
 def behind_attention(
@@ -61,6 +65,7 @@ def behind_attention(
     probe: Probe,
     implementation: str | None,
     first_expert: Array | int = 0,
+    shard: Shard = WHOLE,
 ) -> LayerResult:
     """The second half of `decoder_layer`: experts or a dense feed-forward network; `first_expert` as in `moe_block`."""
     normed = rms_norm(x, layer.ffn_norm, config.rms_norm_eps).reshape(-1, x.shape[-1])
@@ -68,10 +73,11 @@ def behind_attention(
     if isinstance(layer, Layer):
         with jax.named_scope("moe"):
             routing = route(normed, layer.moe, config)
-            out = moe_block(normed, layer.moe, routing, hardware, probe, implementation, first_expert)
+            out = moe_block(normed, layer.moe, routing, hardware, probe, implementation, first_expert, shard)
     else:
         with jax.named_scope("ffn"):
-            out = feed_forward(normed, layer.ffn, "ffn", hardware, probe)
+            out = feed_forward(normed, layer.ffn, "ffn", hardware, probe, shard)
+    out = shard.gather_columns(out)
     return LayerResult(x + out.reshape(x.shape), normed, routing)
 
 
@@ -117,6 +123,22 @@ class LayerHook(NamedTuple):
     dense_layers: Any
 
 
+def check_arguments(
+    params: Params,
+    tokens: Array,
+    config: ModelConfig,
+    plan: Plan | None,
+    spec: AnalogSpec | None,
+    programmed: ProgrammedWeights | SeededWeights | None,
+    calibration: Calibration | None,
+    read_key: jax.Array | None,
+) -> None:
+    """Raises InputError unless the arguments of `forward` are complete and belong together."""
+    _check_inputs(params, tokens, config)
+    check_analog(config, plan, spec, programmed, calibration, read_key)
+    check_quantized(params, plan, programmed)
+
+
 def _check_inputs(params: Params, tokens: Array, config: ModelConfig) -> None:
     if not isinstance(params, Params) or not isinstance(config, ModelConfig):
         raise InputError(
@@ -142,19 +164,23 @@ def hidden_states(
     implementation: str | None = None,
     observe: Observer | None = None,
     hook: LayerHook | None = None,
+    counted: Bool[Array, "batch"] | None = None,
+    shard: Shard = WHOLE,
 ) -> tuple[Float[Array, "batch seq hidden"], Routing, tuple[dict[str, Any], dict[str, Any]]]:
     """Final normed hidden states, the routing of every layer, and what `observe` returned at every matrix input.
 
-    Arguments as in `forward`; `hook` changes every layer before it is used. The routing is that of the layers with
-    experts, on a leading axis; the observations are those of the layers with and without experts, by site, likewise
-    stacked.
+    Arguments as in `forward`; `hook` changes every layer before it is used; `counted` says which sequences `observe` is
+    to see, and the hidden states of the others mean nothing; on a mesh of several devices (`shard`) the
+    program around this has checked the arguments. The routing is that of the layers with experts, on a leading axis;
+    the observations are those of the layers with and without experts, by site, likewise stacked.
     """
-    _check_inputs(params, tokens, config)
-    check_analog(config, plan, spec, programmed, calibration, read_key)
-    check_quantized(params, plan, programmed)
+    if shard == WHOLE:
+        check_arguments(params, tokens, config, plan, spec, programmed, calibration, read_key)
     hardware: dict[bool, LayerHardware] = {}
     if plan is not None and spec is not None and programmed is not None:
-        hardware = stacked_hardware(params, config, plan, spec, programmed, calibration, read_key, implementation)
+        hardware = stacked_hardware(
+            params, config, plan, spec, programmed, calibration, read_key, implementation, shard
+        )
     by_layer = isinstance(programmed, SeededWeights) and programmed.when == "layer"
 
     def step(x: Array, scanned: tuple[Layer | DenseLayer, tuple[LayerHardware | None, Any]]) -> tuple[Array, Any]:
@@ -163,16 +189,26 @@ def hidden_states(
             layer = hook.change(layer, extra)
         if by_layer and layer_hardware is not None:
             layer_hardware = layer_hardware.program(layer)
-        probe = Probe(observe)
-        result = decoder_layer(x, layer, config, layer_hardware, probe, implementation)
+        probe = Probe(observe, None if counted is None else jnp.repeat(counted, tokens.shape[1]))
+        result = decoder_layer(x, layer, config, layer_hardware, probe, implementation, shard)
         return result.x, (result.routing, probe.seen)
 
     changes = {True: None, False: None} if hook is None else {True: hook.layers, False: hook.dense_layers}
     extras = {kind: (hardware.get(kind), change) for kind, change in changes.items()}
-    x, results = scan_layers(step, params.embed[tokens], params, config, extras)
+    x, results = scan_layers(step, _embedded(params, tokens, shard), params, config, extras)
     routing, seen = results[True]
     seen_dense = {} if results[False] is None else results[False][1]
     return rms_norm(x, params.final_norm, config.rms_norm_eps), routing, (seen, seen_dense)
+
+
+def _embedded(params: Params, tokens: Array, shard: Shard) -> Array:
+    """Embeddings of tokens; along `tensor` each device holds a part of the vocabulary."""
+    if shard.tensor == 1:
+        return params.embed[tokens]
+    count = params.embed.shape[0]
+    here = tokens - shard.first("tensor", count)
+    found = params.embed[jnp.clip(here, 0, count - 1)]
+    return shard.sum_columns(jnp.where(((here >= 0) & (here < count))[..., None], found, 0))
 
 
 def head_matrix(params: Params) -> Float[Array, "hidden vocab"]:
@@ -191,8 +227,12 @@ def head_logits(
     read_key: jax.Array | None,
     implementation: str | None = None,
     first_row: Array | int = 0,
+    shard: Shard = WHOLE,
 ) -> Float[Array, "tokens vocab"]:
-    """Float32 logits; `first_row` numbers the first token, which the LM head's read noise follows."""
+    """Float32 logits; `first_row` numbers the first token, which the LM head's read noise follows.
+
+    Of the device's part of the vocabulary, where a mesh axis `tensor` cuts it.
+    """
     w = head_matrix(params)
     matrix = programmed_head(programmed, plan)
     if plan is None or plan.lm_head is None or spec is None or matrix is None:
@@ -201,10 +241,18 @@ def head_logits(
     if spec.read_noise is not None and read_key is not None:
         rows = jnp.arange(hidden.shape[0], dtype=jnp.uint32) + jnp.asarray(first_row, jnp.uint32)
         key = jax.random.fold_in(jax.random.fold_in(read_key, plan.experts.shape[0]), Matrix.LM_HEAD)
-        read = (spec.read_noise, key, rows)
+        read = ReadDraw(spec.read_noise, key, rows, shard)
     ranges = None if calibration is None else calibration.lm_head
     return matrix_product(
-        hidden, w, matrix, analog=plan.lm_head, input_range=ranges, spec=spec, read=read, implementation=implementation
+        hidden,
+        w,
+        matrix,
+        analog=plan.lm_head,
+        input_range=ranges,
+        spec=spec,
+        read=read,
+        implementation=implementation,
+        shard=shard,
     )
 
 
@@ -219,6 +267,7 @@ def forward(
     calibration: Calibration | None = None,
     read_key: jax.Array | None = None,
     implementation: str | None = None,
+    shard: Shard = WHOLE,
 ) -> Float[Array, "batch seq vocab"]:
     """Logits of every position. Digital when only the first three arguments are given.
 
@@ -239,6 +288,7 @@ def forward(
             `"xla"`, `"pallas"` (TPU and NVIDIA GPU, without read noise), `"interpret_tpu"` or `"interpret_cuda"` (those
             kernels, operation by operation on any device, for checks), or None for `"xla"`; static. Lower for one
             platform at a time.
+        shard: inside a program for a mesh (`hetmoe.parallel`), which part of everything this device holds.
 
     Returns:
         float32 logits.
@@ -251,6 +301,8 @@ def forward(
         "plan": plan, "spec": spec, "programmed": programmed, "calibration": calibration, "read_key": read_key,
         "implementation": implementation,
     }  # fmt: skip
-    hidden, _, _ = hidden_states(params, tokens, config, **analog)
+    hidden, _, _ = hidden_states(params, tokens, config, **analog, shard=shard)
     batch, seq, width = hidden.shape
-    return head_logits(hidden.reshape(batch * seq, width), params, **analog).reshape(batch, seq, -1)
+    first = shard.first_token(batch * seq)
+    logits = head_logits(hidden.reshape(batch * seq, width), params, **analog, first_row=first, shard=shard)
+    return shard.gather_columns(logits).reshape(batch, seq, -1)

@@ -50,7 +50,8 @@ def dispatch(experts: Int[Array, "tokens copies"], num_experts: int, block_size:
     """Assigns every token copy a slot, grouped by expert.
 
     Args:
-        experts: int32, the experts of each token's copies, each in [0, num_experts).
+        experts: int32, the experts of each token's copies, each in [0, num_experts]; `num_experts` itself stands for no
+            expert: such a copy gets no slot, and what `from_blocks` reads for it means nothing.
         num_experts: E.
         block_size: slots per block.
         multiple: of which the number of blocks is one.
@@ -67,17 +68,22 @@ def dispatch(experts: Int[Array, "tokens copies"], num_experts: int, block_size:
     blocks = -(-blocks // multiple) * multiple
     one_hot = flat[:, None] == jnp.arange(num_experts, dtype=flat.dtype)[None, :]
     running = jnp.cumsum(one_hot.astype(jnp.int32), axis=0)
-    rank = jnp.take_along_axis(running, flat[:, None], axis=1)[:, 0] - 1  # position inside the expert's group
+    own = jnp.minimum(flat, num_experts - 1)
+    rank = jnp.take_along_axis(running, own[:, None], axis=1)[:, 0] - 1  # position inside the expert's group
     expert_blocks = (running[-1] + (block_size - 1)) // block_size
     block_end = jnp.cumsum(expert_blocks)
-    slot = (block_end - expert_blocks)[flat] * block_size + rank
-    token = jnp.arange(flat.size, dtype=jnp.int32) // copies
-    slot_token = jnp.full((blocks * block_size,), tokens, jnp.int32).at[slot].set(token, unique_indices=True)
+    slot = (block_end - expert_blocks)[own] * block_size + rank
+    last = blocks * block_size - 1
+    order = jnp.arange(flat.size, dtype=jnp.int32)
+    filled = jnp.where(flat < num_experts, slot, last + 1 + order)  # all different; the latter are no slots
+    slot_token = (
+        jnp.full((last + 1,), tokens, jnp.int32).at[filled].set(order // copies, mode="drop", unique_indices=True)
+    )
     # Blocks past the last used one fall to the last expert: they hold only padding.
     block_expert = jnp.searchsorted(block_end, jnp.arange(blocks, dtype=jnp.int32), side="right", method="compare_all")
     return Dispatch(
         slot_token=slot_token,
-        token_slot=slot.reshape(tokens, copies),
+        token_slot=jnp.clip(slot, 0, last).reshape(tokens, copies),
         block_expert=jnp.minimum(block_expert, num_experts - 1).astype(jnp.int32),
         block_size=block_size,
     )

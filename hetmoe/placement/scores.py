@@ -19,6 +19,7 @@ from hetmoe.models.params import MoE, Params
 from hetmoe.models.routing import Routing
 from hetmoe.models.transformer import hidden_states
 from hetmoe.ops.largest import largest
+from hetmoe.parallel.model import routing_on
 from hetmoe.placement.measured import measure
 from hetmoe.placement.module_scores import ModuleScores
 from hetmoe.placement.noise_sensitivity import noise_sensitivity
@@ -95,7 +96,7 @@ def score_experts(
     """Scores every expert of every MoE layer by one of `RULES`.
 
     Args:
-        model: a loaded model.
+        model: a loaded model. One on a mesh is scored there, but not by the rules that need `spec`.
         rule: name of the rule.
         key: PRNG key, needed by `random` (uniform scores) and the rules that need `spec`.
         tokens: text to route, needed by the activation rules, 16 sequences at a time; for the rules that need `spec`
@@ -109,12 +110,17 @@ def score_experts(
 
     Raises:
         InputError: for an unknown rule, a missing key, tokens or spec, or quantized experts under a rule that needs
-            their weights as they were.
+            their weights as they were, or a rule that needs `spec` for a model on a mesh.
     """
     if rule not in RULES:
         raise InputError(f"unknown rule {rule!r}: use one of {', '.join(RULES)}")
     if rule == "max_neuron_norm":
         refuse_quantized(model.params, f"rule {rule!r} does not score")
+    if rule in DEVICE_RULES and model.mesh is not None:
+        raise InputError(
+            f"rule {rule!r} runs on one device: give a rule of {', '.join(r for r in RULES if r not in DEVICE_RULES)}, "
+            "or a plan of 'hetmoe place' (--plan)"
+        )
     if rule in DEVICE_RULES:
         found = score_modules(
             model,
@@ -129,6 +135,9 @@ def score_experts(
         )
         return jnp.asarray(found.experts, jnp.float32)
     moe = model.params.layers.moe
+    if rule == "max_neuron_norm" and model.mesh is not None:
+        together = jax.sharding.NamedSharding(model.mesh, jax.sharding.PartitionSpec())
+        return jax.jit(max_neuron_norm, static_argnums=1, out_shardings=together)(moe, down_axis)
     if rule == "max_neuron_norm":
         return max_neuron_norm(moe, down_axis)
     if rule == "router_norm":
@@ -187,6 +196,8 @@ def random_scores(key: jax.Array | None, config: ModelConfig) -> Float[Array, "l
 def _mean_over_batches(model: Model, tokens: Array, statistic: Callable[[Routing], Array]) -> Array:
     @jax.jit
     def run(params: Params, part: Array) -> Array:
+        if model.mesh is not None:
+            return statistic(routing_on(model.mesh, params, part, model.config))
         return statistic(hidden_states(params, part, model.config)[1])
 
     total = jnp.zeros((len(model.config.moe_layers), model.config.num_experts))

@@ -24,7 +24,7 @@ from hetmoe.models.abstract import abstract_params, is_leaf
 warnings.simplefilter("error")
 warnings.filterwarnings("ignore", "Sharding|.*predict further tokens")
 assert len(jax.devices()) == 8
-mesh = jax.make_mesh((4, 2), ("expert", "inner"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+mesh = jax.make_mesh((4, 2), ("expert", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 sizes = dict(mesh.shape)
 for directory in sys.argv[1:]:
     plain, spread = load_model(directory), load_model(directory, mesh=mesh)
@@ -36,11 +36,19 @@ for directory in sys.argv[1:]:
         assert len(all.addressable_shards) == 8
         for part in all.addressable_shards:
             row, column = np.argwhere(mesh.devices == part.device)[0]
-            position = {"expert": row, "inner": column}
+            position = {"expert": row, "tensor": column}
+            cuts = {axis: "expert" for axis in leaf.axes if axis == "expert"}
+            is_bias = "self_attn" in leaf.key and leaf.key.endswith(".bias")
+            if (leaf.transposed and not leaf.key.endswith("gate.weight")) or is_bias:  # not routers and shared gates
+                cuts[leaf.axes[-1]] = "tensor"
+            elif leaf.axes[0] == "vocab":
+                cuts["vocab"] = "tensor"
             index = []
-            for axis, size in zip(leaf.axes, leaf.shape, strict=True):
-                step = size // sizes.get(axis, 1)
-                begin = step * position.get(axis, 0)
+            for number, (axis, size) in enumerate(zip(leaf.axes, leaf.shape, strict=True)):
+                last = number == len(leaf.axes) - 1
+                by = cuts.get(axis) if axis in ("expert", "vocab") or last else None
+                step = size // sizes.get(by, 1)
+                begin = step * position.get(by, 0)
                 index.append(slice(begin, begin + step))
             assert np.asarray(part.data).tobytes() == expected[tuple(index)].tobytes(), (leaf.key, part.device)
         cut += all.addressable_shards[0].data.size < all.size
@@ -60,15 +68,16 @@ def run(script, *arguments, devices=1):
 
 
 def test_mesh_has_every_shard_in_its_place(tmp_path):
-    """One tensor per expert, fused, FP8, in shards, and converted; cut are experts and what has an inner width."""
+    """One tensor per expert, fused, FP8, in shards, and converted; cut are experts, columns and the vocabulary."""
     names = ["olmoe_tiny", "olmoe_fused", "mixtral_fused", "deepseek_v3_fp8", "qwen2_moe_tiny"]
     shard(copy("deepseek_v2_tiny", tmp_path / "sharded"), 3)
     write(tmp_path / "converted", load_model(GOLDEN / "olmoe_tiny"))
     output = run(
         ON_EIGHT_DEVICES, *[GOLDEN / n for n in names], tmp_path / "sharded", tmp_path / "converted", devices=8
     )
-    # Three matrices of the experts; also of shared experts (fp8, qwen2, v2) and of dense layers (the same).
-    assert output.split() == ["3", "3", "3", "9", "9", "9", "3"]
+    # Embedding, LM head, 4 projections and 3 matrices of experts. With dense layers and shared experts (fp8, qwen2, v2)
+    # 2 + 2 x 4 or 5 projections + 3 x 3 matrices, and biases of 3 projections a layer (qwen2; v2).
+    assert output.split() == ["9", "9", "9", "21", "25", "27", "9"]
 
 
 def test_every_expert_in_a_mesh_is_counted_once(tmp_path):
@@ -86,7 +95,7 @@ import sys, warnings
 import jax
 import jax.numpy as jnp
 from hetmoe.checkpoint.load import load_model
-mesh = jax.make_mesh((4, 2), ("expert", "inner"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+mesh = jax.make_mesh((4, 2), ("expert", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     load_model(sys.argv[1], mesh=mesh)
@@ -106,7 +115,7 @@ from hetmoe.checkpoint.load import load_model
 from hetmoe.errors import InputError
 kinds = {"axis_types": (jax.sharding.AxisType.Auto,)}
 for directory in sys.argv[1:]:
-    for part in "2 model,2 experts,3 expert,5 inner,7 vocab,2 one,2 data".split(","):
+    for part in "2 model,2 inner,3 expert,3 tensor,8 tensor,2 data".split(","):
         devices, axis = int(part[0]), part[2:]
         mesh = jax.make_mesh((devices,), (axis,), devices=jax.devices()[:devices], **kinds)
         try:
@@ -120,13 +129,14 @@ for directory in sys.argv[1:]:
     write(converted, load_model(GOLDEN / "qwen2_moe_tiny"))
     for directory in (GOLDEN / "qwen2_moe_tiny", converted):
         lines = run(script, directory, devices=8).splitlines()
-        assert len(lines) == 7
+        assert len(lines) == 6
         for line in lines[:2]:
-            assert "is not an axis of any parameter; use" in line and "expert" in line
-        for line, size, parts in zip(lines[2:6], (8, 20, 96, 1), (3, 5, 7, 2), strict=True):
-            # 20 can be cut into 5: then the widths of dense and shared networks are next, 40 and 28.
-            assert f"{28 if parts == 5 else size} cannot be cut into the {parts} parts" in line
-        assert lines[6] == "data loaded"
+            assert "is unknown; use data, seed, expert, tensor" in line
+        for line, size, parts in zip(
+            lines[2:5], ("8 experts", "4 attention heads", "4 attention heads"), (3, 3, 8), strict=True
+        ):
+            assert f"of {parts} parts does not divide the {size}" in line
+        assert lines[5] == "data loaded"
 
 
 MEMORY = """

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hetmoe.analog.read_noise import ReadNoise, make_read_noise
+from hetmoe.analog.read_noise import ReadDraw, ReadNoise, make_read_noise
 from hetmoe.analog.tiles import block_max
 from hetmoe.ops.crossbar_matmul.base import CrossbarOptions
 from hetmoe.ops.dispatch import dispatch, from_blocks, to_blocks
@@ -58,7 +58,7 @@ def through_blocks(
         jnp.float32(adc_bound),
         block_max(w.astype(jnp.float32), settings.tile_rows, per_column=settings.bound_axis == "column"),
         settings,
-        None if read is None else (*read, rows.reshape(-1, block)),
+        None if read is None else ReadDraw(*read, rows.reshape(-1, block)),
         stored=plan.block_expert,
     )
     return from_blocks(y, plan)

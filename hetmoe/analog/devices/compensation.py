@@ -4,10 +4,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hetmoe.analog.tiles import row_blocks, spread_rows
+from hetmoe.ops.pairwise_sum import pairwise_sum
+from hetmoe.parallel.shard import WHOLE, Shard
 
 
 def global_drift_compensation(
-    programmed: Float[Array, "*batch K N"], drifted: Float[Array, "*batch K N"], tile_rows: int
+    programmed: Float[Array, "*batch K N"], drifted: Float[Array, "*batch K N"], tile_rows: int, shard: Shard = WHOLE
 ) -> Float[Array, "*batch K N"]:
     """Multiplies every tile of `drifted` by `mean|programmed| / mean|drifted|` over that tile.
 
@@ -26,22 +28,24 @@ def global_drift_compensation(
         programmed: weights right after programming (`Programmed.initial`).
         drifted: weights at inference (`Programmed.at_time`).
         tile_rows: most rows of a tile.
+        shard: which columns of the matrix these are.
     """
-    factor = compensation_factor(programmed, drifted, tile_rows)
+    factor = compensation_factor(programmed, drifted, tile_rows, shard)
     return drifted * spread_rows(factor, drifted.shape[-2], tile_rows, axis=-2)
 
 
 def compensation_factor(
-    programmed: Float[Array, "*batch K N"], drifted: Float[Array, "*batch K N"], tile_rows: int
+    programmed: Float[Array, "*batch K N"], drifted: Float[Array, "*batch K N"], tile_rows: int, shard: Shard = WHOLE
 ) -> Float[Array, "*batch blocks 1"]:
     """What `global_drift_compensation` multiplies every tile by."""
-    before, after = _mean_magnitude(programmed, tile_rows), _mean_magnitude(drifted, tile_rows)
+    before, after = (_mean_magnitude(w, tile_rows, shard) for w in (programmed, drifted))
     return jnp.where(after > 0, before / jnp.where(after > 0, after, 1.0), 1.0)
 
 
-def _mean_magnitude(w: Float[Array, "*batch K N"], tile_rows: int) -> Float[Array, "*batch blocks 1"]:
+def _mean_magnitude(w: Float[Array, "*batch K N"], tile_rows: int, shard: Shard) -> Float[Array, "*batch blocks 1"]:
     parts = [
-        jnp.mean(jnp.abs(w[..., start : start + size, :]), axis=(-2, -1), keepdims=True)
+        pairwise_sum(jnp.abs(w[..., start : start + size, :]), -2) / size
         for start, size in row_blocks(w.shape[-2], tile_rows)
     ]
-    return jnp.concatenate(parts, axis=-2)
+    columns = shard.gather_columns(jnp.concatenate(parts, axis=-2))
+    return pairwise_sum(columns, -1) / columns.shape[-1]

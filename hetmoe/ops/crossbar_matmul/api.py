@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hetmoe.analog.random import require_key
-from hetmoe.analog.read_noise import ReadNoise
+from hetmoe.analog.read_noise import ReadDraw, ReadNoise
 from hetmoe.analog.tiles import block_max, row_blocks
 from hetmoe.errors import InputError
 from hetmoe.ops.crossbar_matmul import xla
@@ -84,7 +84,7 @@ def crossbar_matmul(
     flat = x.reshape(-1, x.shape[-1])
     read = None
     if read_noise is not None and read_key is not None:
-        read = (read_noise, require_key(read_key), jnp.arange(flat.shape[0], dtype=jnp.uint32))
+        read = ReadDraw(read_noise, require_key(read_key), jnp.arange(flat.shape[0], dtype=jnp.uint32))
     bound, largest = jnp.asarray(adc_bound, jnp.float32), weight_max.astype(jnp.float32)
     ranges = None if input_range is None else input_range.astype(jnp.float32)
     if chosen == "xla":

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from hetmoe.analog.converters import convert, convert_output
-from hetmoe.analog.read_noise import ReadNoise, read_draws, read_noise_std
+from hetmoe.analog.read_noise import ReadDraw, read_draws, read_noise_std
 from hetmoe.analog.tiles import row_blocks
 from hetmoe.ops.crossbar_matmul.base import CrossbarOptions
 
@@ -28,7 +28,7 @@ def tiled_product(
     weight_max: Callable[[int], Array],
     analog: Array | None,
     options: CrossbarOptions,
-    read: tuple[ReadNoise, jax.Array, Array] | None,
+    read: ReadDraw | None,
 ) -> Array:
     """Converters around a tiled matmul.
 
@@ -40,7 +40,7 @@ def tiled_product(
         weight_max: row-block -> `max |w|` broadcast against the outputs.
         analog: bool broadcast against `x[..., :1]`; where False, converters and noise are by-passed. None = all True.
         options: static options.
-        read: per-product noise: (noise, key, row numbers `[...]` uint32), or None.
+        read: per-product noise, its rows numbered `[...]`, or None.
 
     Returns:
         float32 `[..., N]`.
@@ -63,11 +63,12 @@ def tiled_product(
         outputs = matmul(inputs, start, size, False)
         result = outputs
         if read is not None:
-            noise, key, row_ids = read
+            noise = read.noise
             square = matmul(jnp.square(inputs), start, size, True) if noise.kind == "pcm" else None
-            tile_max = jnp.max(weight_max(block), axis=-1, keepdims=True)  # of the tile, also where ADCs are per column
+            # Of the tile, also where ADCs are per column.
+            tile_max = read.shard.largest_column(jnp.max(weight_max(block), axis=-1, keepdims=True))
             std = read_noise_std(noise, inputs, tile_max, square)
-            draws = read_draws(key, block, row_ids.reshape(-1), outputs.shape[-1]).reshape(outputs.shape)
+            draws = read_draws(read, block, outputs.shape[-1]).reshape(outputs.shape)
             result = result + std * draws
         if options.adc_bits is not None:
             result = convert_output(result, bound * adc_bound * weight_max(block), options.adc_bits)
@@ -98,7 +99,7 @@ def crossbar_matmul(
     weight_max: Array,
     options: CrossbarOptions,
     analog: Array | None,
-    read: tuple[ReadNoise, jax.Array, Array] | None,
+    read: ReadDraw | None,
 ) -> Array:
     """`x[M, K]`, `w[K, N]`, ranges `[blocks]` or None, weight maxima `[blocks, N or 1]`; returns float32 [M, N]."""
 

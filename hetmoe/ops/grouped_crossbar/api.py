@@ -3,12 +3,11 @@
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hetmoe.analog.programming import ProgrammedMatrix, SeededMatrix, realise
-from hetmoe.analog.read_noise import ReadNoise
+from hetmoe.analog.read_noise import ReadDraw
 from hetmoe.analog.spec import AnalogSpec
 from hetmoe.ops.crossbar_matmul import xla as crossbar_xla
 from hetmoe.ops.crossbar_matmul.base import CrossbarOptions
@@ -23,9 +22,10 @@ from hetmoe.ops.grouped_crossbar.shape import Static
 from hetmoe.ops.grouped_matmul.xla import grouped_matmul
 from hetmoe.ops.grouped_quantized.by_pool import pool_products
 from hetmoe.ops.grouped_quantized.xla import quantized_products
+from hetmoe.parallel.shard import WHOLE, Shard
 from hetmoe.quantize.mixed import MixedMatrix, is_mixed, unquantized
 
-Read = tuple[ReadNoise, jax.Array, Array] | None
+Read = ReadDraw | None
 
 # What `implementation=` may name, and the platform whose kernel is run operation by operation, for checks without it.
 IMPLEMENTATIONS: dict[str, Any] = {"xla": None, "pallas": None, "interpret_tpu": "tpu", "interpret_cuda": "cuda"}
@@ -56,6 +56,7 @@ def expert_products(
     spec: AnalogSpec,
     read: tuple[Read, ...],
     implementation: str | None,
+    shard: Shard = WHOLE,
 ) -> tuple[Float[Array, "blocks block N"], ...]:
     """Every block of rows times the matrices of its expert, which share the converted rows; float32.
 
@@ -68,8 +69,9 @@ def expert_products(
         analog: which experts are on crossbars.
         input_range: DAC range per expert and row-block; None = dynamic.
         spec: device and converters.
-        read: per-product noise of each matrix, (noise, key, row numbers uint32 `[blocks, block]`), or None.
+        read: per-product noise of each matrix, rows numbered `[blocks, block]`, or None.
         implementation: a name of `IMPLEMENTATIONS`, or None.
+        shard: which experts and columns the weights are.
 
     Raises:
         NotImplementedError: if the named implementation cannot run this.
@@ -80,7 +82,7 @@ def expert_products(
     if name == "xla":
         results: list[Array] = []
         for w, side, noise in zip(clean, analog_side, read, strict=True):
-            programmed = realise(side, w, spec)
+            programmed = realise(side, w, spec, shard=shard)
             # Selected per expert, around one matmul: under vmap a `lax.cond` would compute both sides.
             chosen = jnp.where(analog[:, None, None], programmed.w, w)
             product = xla.grouped_crossbar(
@@ -90,6 +92,7 @@ def expert_products(
             results.append(product)
         return tuple(results)
     refuse_read(read, name)
+    _refuse_drawing(analog_side, shard)
     tables = make_tables(block_expert, used, analog, input_range, spec.adc_bound)
     matrices = tuple(make_matrix(w, side, spec) for w, side in zip(clean, analog_side, strict=True))
     return crossbar_blocks(x, tables, matrices, _static(spec, name))
@@ -181,6 +184,7 @@ def matrix_product(
     spec: AnalogSpec,
     read: Read,
     implementation: str | None,
+    shard: Shard = WHOLE,
 ) -> Float[Array, "rows N"]:
     """All rows times one matrix, by programmed weights through converters where the scalar `analog` is True; float32.
 
@@ -189,12 +193,13 @@ def matrix_product(
     """
     name = check_implementation(implementation)
     if name == "xla":
-        programmed = realise(analog_side, clean, spec)
+        programmed = realise(analog_side, clean, spec, shard=shard)
         chosen = jnp.where(analog, programmed.w, clean)
         return crossbar_xla.crossbar_matmul(
             x, chosen, input_range, spec.adc_bound, programmed.weight_max, spec.options, analog.reshape(1, 1), read
         )
     refuse_read((read,), name)
+    _refuse_drawing((analog_side,), shard)
     if isinstance(analog_side, ProgrammedMatrix):
         analog_side = ProgrammedMatrix(w=analog_side.w[None], weight_max=analog_side.weight_max[None])
     ranges = None if input_range is None else input_range[None]
@@ -234,6 +239,15 @@ def _in_blocks(
 
 def _static(spec: AnalogSpec, name: str) -> Static:
     return Static(options=spec.options, device=spec.device, interpret=IMPLEMENTATIONS[name])
+
+
+def _refuse_drawing(sides: tuple[ProgrammedMatrix | SeededMatrix, ...], shard: Shard) -> None:
+    """Kernels that draw noise number experts and columns from 0."""
+    if shard.expert * shard.tensor > 1 and any(isinstance(side, SeededMatrix) for side in sides):
+        raise NotImplementedError(
+            "kernels do not program weights where a mesh cuts experts or columns: use weights 'layer' or 'stored', or "
+            "the mesh axes data and seed only"
+        )
 
 
 def refuse_read(read: tuple[Read, ...], name: str) -> None:

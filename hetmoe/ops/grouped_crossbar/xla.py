@@ -1,10 +1,9 @@
 """Crossbar matmul of token blocks by the weights of their experts, analog or digital block by block."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from hetmoe.analog.read_noise import ReadNoise
+from hetmoe.analog.read_noise import ReadDraw
 from hetmoe.ops.crossbar_matmul.base import CrossbarOptions
 from hetmoe.ops.crossbar_matmul.xla import tiled_product
 from hetmoe.ops.grouped_matmul.xla import grouped_matmul
@@ -20,7 +19,7 @@ def grouped_crossbar(
     adc_bound: Float[Array, ""],
     weight_max: Float[Array, "experts tiles columns"],
     options: CrossbarOptions,
-    read: tuple[ReadNoise, jax.Array, Array] | None,
+    read: ReadDraw | None,
     *,
     stored: Int[Array, "blocks"],
 ) -> Float[Array, "blocks block N"]:
@@ -36,7 +35,7 @@ def grouped_crossbar(
         adc_bound: lambda.
         weight_max: `max |w|` per expert and tile (last axis 1) or column (N).
         options: static crossbar options.
-        read: (noise, key, row numbers uint32 `[blocks, block]`), or None.
+        read: noise of each product, its rows numbered `[blocks, block]`, or None.
         stored: which matrix of `w` each block meets, ascending: that of its expert, if `w` holds those of all experts.
     """
 

@@ -1,0 +1,137 @@
+"""A run of several processes: how it starts, and what the processes tell each other.
+
+All processes run the same program on the same arguments; JAX's own runtime (`jax.distributed`) connects them. Process 0
+is the one that prints and writes.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from hetmoe.errors import InputError
+
+CLUSTERS = {"slurm": "slurm", "k8s": "k8s", "mpi": "ompi"}  # on the command line: as `jax.distributed` calls it
+HEARTBEAT_S = 30  # without a sign of life from a process for so long, all others end
+WAIT_S = 120  # for the others, at the start and at the end
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Processes:
+    """Where this process stands: by an address and numbers, or by the variables that a cluster sets."""
+
+    coordinator: str | None = None  # host:port, on which process 0 listens
+    count: int | None = None
+    number: int | None = None
+    cluster: str | None = None  # of CLUSTERS
+
+    def __post_init__(self) -> None:
+        given = (self.coordinator, self.count, self.number)
+        if self.cluster is not None:
+            if self.cluster not in CLUSTERS:
+                raise InputError(f"cluster {self.cluster!r} is unknown: use {', '.join(CLUSTERS)}")
+            if any(value is not None for value in given):
+                raise InputError(
+                    f"--cluster {self.cluster} reads the cluster's variables: leave out --coordinator, --processes and "
+                    "--process"
+                )
+            return
+        if all(value is None for value in given):
+            return
+        if self.coordinator is None or self.count is None or self.number is None:
+            raise InputError("--coordinator HOST:PORT, --processes N and --process I go together: give all three")
+        host, _, port = self.coordinator.rpartition(":")
+        if not host or not port.isdecimal():
+            raise InputError(f"--coordinator {self.coordinator!r} must be HOST:PORT, such as 10.0.0.1:1234")
+        if not 0 <= self.number < self.count:
+            raise InputError(f"--process {self.number} must be from 0 to {self.count - 1} (--processes {self.count})")
+
+    @property
+    def several(self) -> bool:
+        """Whether this is a run of several processes."""
+        return self.cluster is not None or self.coordinator is not None
+
+
+def start(processes: Processes) -> None:
+    """Connects this process to the others. To be called before JAX is used; nothing happens if it is the only one.
+
+    Raises:
+        InputError: if the cluster's variables are not there, or the others cannot be reached in time.
+    """
+    if not processes.several:
+        return
+    try:
+        jax.distributed.initialize(
+            coordinator_address=processes.coordinator,
+            num_processes=processes.count,
+            process_id=processes.number,
+            cluster_detection_method="deactivate" if processes.cluster is None else CLUSTERS[processes.cluster],
+            initialization_timeout=WAIT_S,
+            heartbeat_timeout_seconds=HEARTBEAT_S,
+            shutdown_timeout_seconds=WAIT_S,
+        )
+    except (ValueError, KeyError) as error:
+        raise InputError(
+            f"--cluster {processes.cluster}: its variables do not say where this process stands ({error}); give "
+            "--coordinator, --processes and --process"
+        ) from None
+    except RuntimeError as error:
+        raise InputError(
+            f"the processes of this run did not meet within {WAIT_S} s ({_last_line(error)}): are all of them started, "
+            "with the same --coordinator and --processes?"
+        ) from None
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200]
+
+
+def is_main() -> bool:
+    """Whether this process prints and writes."""
+    return jax.process_index() == 0
+
+
+def check_same(facts: dict[str, Any]) -> None:
+    """Refuses to go on where processes differ in versions, code or arguments, before anything is compiled.
+
+    The facts travel through the coordinator, not through a compiled program, which versions that differ might not even
+    be able to run together.
+
+    Raises:
+        InputError: in every process, naming what differs, in which process, and both values.
+    """
+    count = jax.process_count()
+    if count == 1:
+        return
+    client = _client()
+    client.key_value_set(f"hetmoe/facts/{jax.process_index()}", json.dumps(facts, default=str))
+    first = json.loads(client.blocking_key_value_get("hetmoe/facts/0", WAIT_S * 1000))
+    for number in range(1, count):
+        other = json.loads(client.blocking_key_value_get(f"hetmoe/facts/{number}", WAIT_S * 1000))
+        for name in first | other:
+            if first.get(name) != other.get(name):
+                raise InputError(
+                    f"process {number} of {count} differs from process 0 in {name}: {other.get(name)!r} and "
+                    f"{first.get(name)!r}; all processes need the same versions, code and arguments"
+                )
+
+
+def _client() -> Any:
+    from jax._src import distributed  # noqa: PLC0415 (JAX has no public access to its key-value store)
+
+    return distributed.global_state.client
+
+
+def from_main(content: bytes | None) -> bytes:
+    """What process 0 gives, in all processes; the others give None."""
+    if jax.process_count() == 1:
+        assert content is not None
+        return content
+    size = multihost_utils.broadcast_one_to_all(np.int32(0 if content is None else len(content)))
+    values = np.zeros(int(size), np.uint8)
+    if content is not None:
+        values[:] = np.frombuffer(content, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(values)).astype(np.uint8).tobytes()
