@@ -399,14 +399,35 @@ def sweep(
         bool, typer.Option("--retry-failed", help="Evaluate points again that gave no number.")
     ] = False,
     status: Annotated[bool, typer.Option(help="Count finished, failed, claimed and open points, and stop.")] = False,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Evaluate part I (from 0) of N into DIR/parts; 'slurm' takes both from the job array. For machines "
+            "that share DIR.",
+        ),
+    ] = None,
+    collect: Annotated[bool, typer.Option("--collect", help="Gather what parts have finished, and stop.")] = False,
+    ray: Annotated[
+        int | None, typer.Option(metavar="N", help="Run N parts as tasks of Ray (extra 'cluster'), then collect.")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Of a Ray cluster, such as auto or HOST:6379; default: Ray on this machine.")
+    ] = None,
 ) -> None:
     """Evaluate a grid of placements, devices, noise scales, times, bits and seeds into DIR/sweep.sqlite.
 
-    The same command goes on where it was stopped, however that was. Run it several times at once to share the work.
+    The same command goes on where it was stopped, however that was. Run it several times at once on one machine to
+    share the work; on several machines, run a part on each, and collect.
     """
-    from hetmoe.commands.sweep import run
+    from hetmoe.commands.sweep import SweepRequest, run
 
-    run(config, output, extend=extend, retry_failed=retry_failed, status=status)
+    run(
+        SweepRequest(
+            config_file=config, output=output, extend=extend, retry_failed=retry_failed, status=status, part=part,
+            collect=collect, ray=ray, ray_address=ray_address,
+        )
+    )  # fmt: skip
 
 
 @app.command(epilog="Example: hetmoe report rules -o rules-report")

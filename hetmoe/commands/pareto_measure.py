@@ -33,6 +33,7 @@ from hetmoe.quantize.driver import check_groups
 from hetmoe.quantize.mixed import refuse_quantized
 from hetmoe.quantize.recipe import Recipe
 from hetmoe.sweep.database import FILE
+from hetmoe.sweep.parts import found_parts
 from hetmoe.technologies.assign import assign
 from hetmoe.technologies.candidates import EXPERTS_ANALOG, Candidate, Digital, evaluate_candidates, uniform_candidate
 from hetmoe.technologies.choices import Choices, check_levels, expected_losses, make_choices
@@ -74,7 +75,8 @@ class ParetoRequest:
     @property
     def is_store(self) -> bool:
         """Whether the source is a sweep's directory."""
-        return (Path(self.source) / FILE).is_file()
+        directory = Path(self.source)
+        return (directory / FILE).is_file() or bool(found_parts(directory))
 
     def levels(self) -> tuple[int, ...]:
         """Bits of quantized experts, ascending; 16 stands for none and is no level."""

@@ -1,91 +1,118 @@
 """`hetmoe sweep`: from a CONFIG to a store of results, and a summary."""
 
+import dataclasses
+import os
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
 
 from hetmoe.commands.common import make_console
-from hetmoe.commands.progress import show_progress
-from hetmoe.commands.tables import metric_tables
-from hetmoe.errors import InputError, Interrupted
-from hetmoe.sweep.config import SweepConfig, read_config
+from hetmoe.commands.sweep_job import SweepJob, evaluate, goes_on, print_collection, print_summary
+from hetmoe.commands.sweep_parts import run_part, run_with_ray
+from hetmoe.errors import InputError
+from hetmoe.sweep.collect import collect
+from hetmoe.sweep.config import read_config
 from hetmoe.sweep.ledger import open_ledger
-from hetmoe.sweep.points import SweepPoint, expand, group_points
-from hetmoe.sweep.setup import activation_frequencies, early_identity, load_for_sweep, make_setup, model_identity
-from hetmoe.sweep.store import read_status, read_sweep
-from hetmoe.sweep.summary import summarise
-from hetmoe.sweep.worker import work
+from hetmoe.sweep.parts import PARTS, check_count, parse_part, part_directory
+from hetmoe.sweep.points import expand, group_points
+from hetmoe.sweep.setup import early_identity, load_for_sweep, model_identity
+from hetmoe.sweep.survey import Survey, make_survey
 
 
-def run(config_file: Path, output: Path | None, *, extend: bool, retry_failed: bool, status: bool) -> None:
-    """Evaluates what is left, or only counts it."""
-    if status and retry_failed:
-        raise InputError("--status only counts: leave out --retry-failed")
-    config = read_config(config_file)
-    directory = config_file.with_suffix("") if output is None else output
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepRequest:
+    """The options of `hetmoe sweep`, named as there."""
+
+    config_file: Path
+    output: Path | None
+    extend: bool
+    retry_failed: bool
+    status: bool
+    part: str | None
+    collect: bool
+    ray: int | None
+    ray_address: str | None
+
+    def check(self) -> None:
+        """Raises InputError for options that exclude each other."""
+        given = [
+            name
+            for name, there in (
+                ("--status", self.status), ("--part", self.part is not None), ("--collect", self.collect),
+                ("--ray", self.ray is not None),
+            )
+            if there
+        ]  # fmt: skip
+        if len(given) > 1:
+            raise InputError(f"{given[0]} and {given[1]} exclude each other: give one of them")
+        if self.retry_failed and (self.status or self.collect):
+            deed = "counts" if self.status else "gathers what is finished"
+            raise InputError(f"{given[0]} only {deed}: leave out --retry-failed")
+        if self.ray_address is not None and self.ray is None:
+            raise InputError("--ray-address needs --ray N")
+
+
+def run(request: SweepRequest) -> None:
+    """Evaluates what is left, or a part of it, or collects what parts have finished, or only counts."""
+    request.check()
+    part = None if request.part is None else parse_part(request.part, os.environ)
+    config = read_config(request.config_file)
+    directory = request.config_file.with_suffix("") if request.output is None else request.output
     points = expand(config)
-    identity = early_identity(config)
-    counts = read_status(directory, identity, points, extend=extend)
-    console = make_console()
-    if status:
-        failed = f"{counts.failed} failed, " if counts.failed else ""
-        console.print(
-            f"{directory}: {counts.finished} of {counts.points} points finished, {failed}{counts.claimed} claimed by "
-            f"processes that run, {counts.open} open"
-        )
+    groups = group_points(points)
+    for count in [part.of] if part is not None else [] if request.ray is None else [request.ray]:
+        check_count(count, len(groups))
+    job = SweepJob(
+        config=config,
+        directory=directory,
+        points=points,
+        groups=groups,
+        identity=early_identity(config),
+        extend=request.extend,
+        retry_failed=request.retry_failed,
+        console=make_console(),
+    )
+    if part is not None:
+        run_part(job, part)
         return
-    try:
-        _evaluate(config, directory, points, identity, extend=extend, retry_failed=retry_failed, console=console)
-    except KeyboardInterrupt:
-        counts = read_status(directory, identity, points, extend=extend)
-        stored = counts.finished + counts.failed
-        raise Interrupted(
-            f"{stored} of {len(points)} points are stored in {directory}; the same command goes on"
-        ) from None
-    _print_summary(directory, console)
+    survey = make_survey(directory)
+    survey.check(job.identity, extend=job.extend)
+    if request.status:
+        _print_status(job, survey)
+    elif request.collect:
+        _collect(job, survey)
+    elif request.ray is not None:
+        run_with_ray(job, request.ray, request.ray_address)
+    else:
+        with goes_on(job):
+            _evaluate(job)
+        print_summary(job)
 
 
-def _evaluate(
-    config: SweepConfig, directory: Path, points: list[SweepPoint], identity: dict[str, Any], *, extend: bool,
-    retry_failed: bool, console: Console,
-) -> None:  # fmt: skip
-    model = load_for_sweep(config)
-    setup = make_setup(config, model)
-    identity = identity | {"model": model_identity(model)}
-    with open_ledger(directory, identity, group_points(points), extend=extend) as ledger:
-        frequencies = activation_frequencies(setup)
-        ledger.write_scores(
-            {rule: scores.tolist() for rule, scores in setup.scores.items()},
-            None if frequencies is None else frequencies.tolist(),
+def _evaluate(job: SweepJob) -> None:
+    """What parts have finished counts; all the rest is evaluated here."""
+    model = load_for_sweep(job.config)
+    identity = job.identity | {"model": model_identity(model)}
+    print_collection(job, collect(job.directory, identity, job.points, extend=job.extend))
+    evaluate(job, model, lambda: open_ledger(job.directory, identity, job.groups, extend=job.extend), f"{model.name}")
+
+
+def _collect(job: SweepJob, survey: Survey) -> None:
+    if not survey.parts:
+        raise InputError(
+            f"{job.directory / PARTS}: no part has finished anything; run hetmoe sweep with --part I/N first"
         )
-        if retry_failed:
-            ledger.retry_failed()
-        seen = ledger.finished_count()
-        console.print(
-            f"[bold]{model.name}[/bold]: {len(points)} points, {seen} finished; {setup.text.size.tokens:,} tokens each"
-        )
-        with show_progress(console, "points", "points", len(points), seen) as advance:
-
-            def show(finished: int) -> None:
-                nonlocal seen
-                advance(finished - seen)
-                seen = finished
-
-            work(setup, ledger, show)
+    print_collection(job, collect(job.directory, job.identity, job.points, extend=job.extend))
+    print_summary(job)
 
 
-def _print_summary(directory: Path, console: Console) -> None:
-    """Perplexity of every placement at every noise scale, for each device, time and number of bits."""
-    record = read_sweep(directory)
-    for title, digital, lines in summarise(record):
-        for table in metric_tables(f"Perplexity per token, {title}", "perplexity", 1.0, digital, lines, console):
-            console.print(table)
-    console.print(f"mean ± standard error over seeds; results: {directory}")
-    if record.failures:
-        first = record.failures[0]
-        console.print(
-            f"{len(record.failures)} points failed and are in no mean; --retry-failed evaluates them again. The first: "
-            f"{first.point.describe()}: {first.error}",
-            markup=False,
-        )
+def _print_status(job: SweepJob, survey: Survey) -> None:
+    counts = survey.count(job.points)
+    failed = f"{counts.failed} failed, " if counts.failed else ""
+    job.console.print(
+        f"{job.directory}: {counts.finished} of {counts.points} points finished, {failed}{counts.claimed} claimed by "
+        f"processes that run, {counts.open} open"
+    )
+    for part, store in survey.parts.items():
+        folder = part_directory(job.directory, part).relative_to(job.directory)
+        job.console.print(f"{folder}: {len(store.finished | store.failed)} points, the last at {store.last_utc}")
+    if counts.uncollected:
+        job.console.print(f"{counts.uncollected} points are in parts only: --collect gathers them")

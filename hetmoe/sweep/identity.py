@@ -9,6 +9,10 @@ from hetmoe.errors import InputError
 _GRID = "config.grid."
 _SCORING_SCALE = f"{_GRID}scoring_scale"
 _ABSENT = "(nothing)"
+_OTHER_STORE = "choose another directory with -o"
+_OTHER_PART = (
+    "run all parts with the same CONFIG, text, model, hetmoe and jax, or remove this folder to lose what is in it"
+)
 
 
 def plain(identity: dict[str, Any]) -> dict[str, Any]:
@@ -28,7 +32,35 @@ def check_identity(directory: Path, stored: dict[str, Any], given: dict[str, Any
     Raises:
         InputError: naming what differs, both values, and the fix.
     """
-    found = _differences({key: stored.get(key, _ABSENT) for key in given}, plain(given), "")
+    _check(directory, stored, given, _OTHER_STORE, extend=extend)
+
+
+def check_part_identity(directory: Path, stored: dict[str, Any], given: dict[str, Any], *, extend: bool) -> None:
+    """The same for the store of a part: other machines may have other files, another model or other packages.
+
+    Args:
+        directory: of the part, for messages.
+        stored: as in `check_identity`.
+        given: as in `check_identity`.
+        extend: as in `check_identity`.
+
+    Raises:
+        InputError: naming the part, what differs, both values, and the fix.
+    """
+    _check(directory, stored, given, _OTHER_PART, extend=extend)
+
+
+def is_same(stored: dict[str, Any], given: dict[str, Any]) -> bool:
+    """Whether nothing differs that is given."""
+    return not _all_differences(stored, given)
+
+
+def _all_differences(stored: dict[str, Any], given: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    return _differences({key: stored.get(key, _ABSENT) for key in given}, plain(given), "")
+
+
+def _check(directory: Path, stored: dict[str, Any], given: dict[str, Any], fix: str, *, extend: bool) -> None:
+    found = _all_differences(stored, given)
     grown = [d for d in found if _has_grown(*d)]
     if not found or (extend and len(grown) == len(found)):
         _check_keys(directory, found, stored)
@@ -36,7 +68,6 @@ def check_identity(directory: Path, stored: dict[str, Any], given: dict[str, Any
     listed = [d for d in found if d not in grown] if extend else found
     shown = "; ".join(f"{name} was {_short(old)}, is {_short(new)}" for name, old, new in listed[:3])
     more = f"; {len(listed) - 3} more" if len(listed) > 3 else ""
-    fix = "choose another directory with -o"
     if len(grown) == len(found):
         fix += ", or give --extend to add the new points"
     elif all(_has_grown(*d) or _could_grow(*d) for d in found):

@@ -149,23 +149,44 @@ def open_ledger(
     with worker_lock(directory) as worker, contextlib.ExitStack() as stack:
         with opening_lock(directory), one_line(path):
             connection = stack.enter_context(contextlib.closing(connect(path)))
-            new = is_empty(connection)
-            if new:
-                connection.execute("PRAGMA journal_mode = WAL")
-            else:
-                check_identity(directory, read_meta(connection, path), identity, extend=extend)
-            with transaction(connection):
-                if new:
-                    create_tables(connection)
-                for key, value in plain(identity).items():
-                    write_meta(connection, key, value)
-                write_meta(connection, "points", sum(len(group) for group in groups))
-                _register(connection, worker, identity["code"]["source_digest"])
+            total = sum(len(group) for group in groups)
+            prepare_store(connection, directory, identity, total, extend=extend, journal="WAL")
+            register(connection, worker, identity["code"]["source_digest"])
         yield Ledger(directory, connection, worker, groups)
 
 
-def _register(connection: sqlite3.Connection, worker: str, digest: str) -> None:
-    """Notes what a worker's rows have in common."""
+def prepare_store(
+    connection: sqlite3.Connection, directory: Path, identity: dict[str, Any], points: int, *, extend: bool,
+    journal: str,
+) -> None:  # fmt: skip
+    """Makes an empty file a store, or checks what is there; then both know the grid of this run.
+
+    Args:
+        connection: to the file. Call within `one_line`.
+        directory: for messages.
+        identity: `config`, `text`, `model` and `code` of this run.
+        points: how many the grid has.
+        extend: see `check_identity`.
+        journal: SQLite's journal mode of a new store.
+
+    Raises:
+        InputError: for another store, or one of other settings.
+    """
+    new = is_empty(connection)
+    if new:
+        connection.execute(f"PRAGMA journal_mode = {journal}")
+    else:
+        check_identity(directory, read_meta(connection, directory / FILE), identity, extend=extend)
+    with transaction(connection):
+        if new:
+            create_tables(connection)
+        for key, value in plain(identity).items():
+            write_meta(connection, key, value)
+        write_meta(connection, "points", points)
+
+
+def register(connection: sqlite3.Connection, worker: str, digest: str) -> None:
+    """Notes what a worker's rows have in common. Call within `one_line`."""
     facts = provenance()
     device = facts["device"]
     row = (

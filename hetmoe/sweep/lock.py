@@ -1,6 +1,7 @@
 """Locks that the kernel frees the moment their process ends, however it ends: no clocks, no heartbeats.
 
-They hold between processes of one machine, as does SQLite's write-ahead log.
+They hold between processes of one machine, as does SQLite's write-ahead log. Machines that share a store's directory
+have parts of their own (`part_store`).
 """
 
 import contextlib
@@ -43,6 +44,33 @@ def opening_lock(directory: Path) -> Generator[None]:
         yield
 
 
+@contextlib.contextmanager
+def part_lock(directory: Path) -> Generator[None]:
+    """Keeps a second process from a part of a sweep, as far as the file system has locks.
+
+    A shared one may have none, or none between machines: `part_store` does not depend on them.
+
+    Raises:
+        InputError: if the directory cannot be written, or another process holds the lock.
+    """
+    make_directory(directory)
+    path = directory / "part.lock"
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{directory}: another process works at this part; stop it, or let it finish") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
 def is_alive(directory: Path, worker: str) -> bool:
     """Whether the process of a worker runs: its lock can then not be shared."""
     try:
@@ -73,7 +101,10 @@ def _exclusive(path: Path) -> Generator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError as error:  # a file system without locks
-            raise InputError(f"{path}: cannot be locked ({error.strerror}); use a directory on a local disk") from None
+            raise InputError(
+                f"{path}: cannot be locked ({error.strerror}); use a directory on a local disk (of a sweep in parts, "
+                "copy the folder 'parts' there and collect)"
+            ) from None
         yield
     finally:
         os.close(handle)

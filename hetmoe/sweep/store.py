@@ -4,15 +4,14 @@ import contextlib
 import dataclasses
 import json
 import sqlite3
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hetmoe.errors import InputError
 from hetmoe.sweep.database import FILE, connect_to_read, is_empty, one_line, read_meta
-from hetmoe.sweep.identity import check_identity
 from hetmoe.sweep.lock import is_alive
-from hetmoe.sweep.points import SweepPoint, point_id
+from hetmoe.sweep.parts import PARTS, found_parts
+from hetmoe.sweep.points import SweepPoint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,6 +78,11 @@ def read_sweep(directory: Path) -> SweepRecord:
     """
     path = directory / FILE
     if not path.is_file():
+        if found_parts(directory):
+            raise InputError(
+                f"{directory}: holds parts of a sweep ({PARTS}) that are not collected: run hetmoe sweep CONFIG "
+                f"-o {directory} --collect first"
+            )
         raise InputError(f"{directory}: holds no sweep ({FILE} is not there); run hetmoe sweep first")
     with one_line(path), contextlib.closing(connect_to_read(path)) as connection:
         if is_empty(connection):
@@ -96,54 +100,7 @@ def read_sweep(directory: Path) -> SweepRecord:
         frequencies=meta.get("frequencies"),
         points=meta["points"],
         results=[_result(row) for row in rows if row["error"] is None],
-        failures=[Failure(point=_point(row), error=row["error"]) for row in rows if row["error"] is not None],
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SweepStatus:
-    """Counts of points."""
-
-    points: int
-    finished: int  # with a result
-    failed: int
-    claimed: int  # by processes that run
-
-    @property
-    def open(self) -> int:
-        """Points that nobody works on."""
-        return self.points - self.finished - self.failed - self.claimed
-
-
-def read_status(
-    directory: Path, identity: dict[str, Any], points: Sequence[SweepPoint], *, extend: bool
-) -> SweepStatus:
-    """Counts of the points of a grid, and whether this run may add to the store: also what is checked early.
-
-    A directory without a store is one with nothing finished.
-
-    Args:
-        directory: of the store.
-        identity: what is known of `config`, `text`, `model` and `code`.
-        points: of the grid.
-        extend: see `check_identity`.
-
-    Raises:
-        InputError: for a directory that is none, another store, or one of other settings.
-    """
-    path = directory / FILE
-    if directory.exists() and not directory.is_dir():
-        raise InputError(f"{directory}: is a file; name a directory with -o")
-    finished, failed, claimed = set[str](), set[str](), set[str]()
-    if path.exists():
-        with one_line(path), contextlib.closing(connect_to_read(path)) as connection:
-            if not is_empty(connection):
-                check_identity(directory, read_meta(connection, path), identity, extend=extend)
-                failed, claimed = _failed_points(connection), claimed_points(connection, directory)
-                finished = finished_points(connection) - failed
-    ids = {point_id(point) for point in points}
-    return SweepStatus(
-        points=len(ids), finished=len(ids & finished), failed=len(ids & failed), claimed=len(ids & claimed)
+        failures=[Failure(point=row_point(row), error=row["error"]) for row in rows if row["error"] is not None],
     )
 
 
@@ -152,7 +109,8 @@ def finished_points(connection: sqlite3.Connection) -> set[str]:
     return {row["point_id"] for row in connection.execute("SELECT point_id FROM finished")}
 
 
-def _failed_points(connection: sqlite3.Connection) -> set[str]:
+def failed_points(connection: sqlite3.Connection) -> set[str]:
+    """Points that failed."""
     return {row["point_id"] for row in connection.execute("SELECT point_id FROM finished WHERE error IS NOT NULL")}
 
 
@@ -165,14 +123,15 @@ def claimed_points(connection: sqlite3.Connection, directory: Path) -> set[str]:
     return {row["point_id"] for row in rows if row["worker"] in living}
 
 
-def _point(row: sqlite3.Row) -> SweepPoint:
+def row_point(row: sqlite3.Row) -> SweepPoint:
+    """The point of a row."""
     return SweepPoint(**{name: row[name] for name in POINT})
 
 
 def _result(row: sqlite3.Row) -> SweepResult:
     provenance = {name: json.loads(row[name]) if name in _JSON else row[name] for name in _PROVENANCE}
     return SweepResult(
-        point=_point(row),
+        point=row_point(row),
         **{name: row[name] for name in MEASURED},
         provenance=provenance,
     )

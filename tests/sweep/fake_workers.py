@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from hetmoe.sweep import ledger as ledger_module
 from hetmoe.sweep.ledger import Timing, open_ledger
@@ -19,7 +20,7 @@ FACTS = {
     "time_utc": "now", "command": ["hetmoe"], "git_revision": None, "versions": {}, "machine": "x",
     "device": {"platform": "cpu", "kind": "cpu", "count": 1},
 }  # fmt: skip
-IDENTITY = {
+IDENTITY: dict[str, Any] = {
     "config": {"grid": {"seeds": 25, "noise_scales": [0.5, 1.0], "seed": 0, "scoring_scale": None}, "model": "m"},
     "text": {"a.txt": "0"},
     "model": {"name": "m", "fingerprint": "f", "weights_sha256": "w"},

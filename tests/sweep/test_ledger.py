@@ -23,7 +23,8 @@ from hetmoe.sweep.database import FILE, SCHEMA
 from hetmoe.sweep.ledger import open_ledger
 from hetmoe.sweep.lock import FOLDER, is_alive, worker_lock
 from hetmoe.sweep.points import SweepPoint, point_id
-from hetmoe.sweep.store import Failure, read_status, read_sweep
+from hetmoe.sweep.store import Failure, read_sweep
+from hetmoe.sweep.survey import read_status
 from tests.sweep import fake_workers
 from tests.sweep.fake_workers import FACTS, IDENTITY, TIMING, grid, measure, point
 

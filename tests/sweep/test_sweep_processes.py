@@ -1,12 +1,9 @@
 """Real `hetmoe sweep` processes: two at a time, killed, and compared bit for bit with one that was left alone."""
 
 import contextlib
-import os
 import random
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,27 +11,7 @@ from typing import Any
 
 from hetmoe.sweep.database import FILE
 from hetmoe.sweep.store import read_sweep
-
-ROOT = Path(__file__).parents[2]
-PATIENCE = 600  # seconds; only a hang takes that long, however busy the machine is
-COMPILE_ONCE = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
-
-
-def start(config: Path, directory: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "hetmoe.cli", "sweep", config, "-o", directory],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | COMPILE_ONCE | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": f"{config}.cache"},
-    )  # fmt: skip
-
-
-def finished(directory: Path) -> int:
-    with (
-        contextlib.suppress(sqlite3.OperationalError),
-        contextlib.closing(sqlite3.connect(f"file:{directory / FILE}?mode=ro", uri=True)) as connection,
-    ):
-        return connection.execute("SELECT count(*) FROM finished").fetchone()[0]
-    return 0
+from tests.sweep.processes import PATIENCE, finished, start
 
 
 def test_two_processes_killed_and_restarted_give_the_bits_of_one(
