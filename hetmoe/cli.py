@@ -70,13 +70,50 @@ def root(
         print(context.get_help())
 
 
-@app.command(epilog="Example: hetmoe info reference")
-def info(model: MODEL = "reference", dtype: DTYPE = None, json_file: Annotated[
-    Path | None, typer.Option("--json", help="Write the same as JSON.")] = None) -> None:  # fmt: skip
-    """Describe a model: architecture, parameters by module, memory, tokenizer."""
-    from hetmoe.commands.info import run  # imports of JAX wait until a command needs them
+@app.command(
+    epilog="Example: hetmoe info reference, or what a mesh would take: hetmoe info reference --mesh data=2,expert=4 "
+    "--analyze"
+)
+def info(
+    model: MODEL = "reference",
+    dtype: DTYPE = None,
+    mesh: Annotated[
+        str | None, typer.Option(help="Also count what each device of a mesh would take, such as data=2,expert=4.")
+    ] = None,
+    analyze: Annotated[
+        bool, typer.Option("--analyze", help="Compile for that mesh, and read memory, FLOPs and communication.")
+    ] = False,
+    topology: Annotated[
+        str | None,
+        typer.Option(help="What to compile for, such as tpu:v5p:4x4x4 (needs libtpu, no TPU); default: this CPU."),
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Windows run at once on the mesh; default: one for each part of data x expert.")
+    ] = None,
+    seq: Annotated[
+        int | None, typer.Option(help="Tokens per window of that batch; default: 1024, or the model's context.")
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(help="When crossbars are programmed: stored, layer or kernel; or digital: nothing is analog.")
+    ] = "stored",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the same as JSON.")] = None,
+) -> None:
+    """Describe a model: architecture, parameters by module, memory, tokenizer; and what it would take on a mesh.
 
-    run(model, dtype, json_file)
+    MODEL may also be a config.json without weights, of whatever name.
+    """
+    from hetmoe.commands.info import run  # imports of JAX wait until a command needs them
+    from hetmoe.commands.info_mesh import MeshQuestion
+    from hetmoe.errors import InputError
+
+    question = None
+    if mesh is not None:
+        question = MeshQuestion(
+            mesh=mesh, analyze=analyze, topology=topology, batch=batch, seq=seq, weights=weights, dtype=dtype
+        )
+    elif analyze or topology is not None:
+        raise InputError("--analyze and --topology need --mesh, such as --mesh data=2,expert=4")
+    run(model, dtype, json_file, question)
 
 
 @app.command(

@@ -107,8 +107,13 @@ class EvalRequest(AnalogOptions):
 def run(request: EvalRequest) -> None:
     """Evaluates and reports."""
     request.devices.check()
-    started = time.perf_counter()
     request.devices.start(request.arguments())
+    with hosts.failures_of_others():
+        _run(request)
+
+
+def _run(request: EvalRequest) -> None:
+    started = time.perf_counter()
     request.check()
     console = console_of_main()
     model = load_model(request.model, request.dtype, mesh=_mesh(request, console))

@@ -8,14 +8,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from rich.table import Table
+from tokenizers import Tokenizer
 
 from hetmoe.checkpoint import orbax_directory
 from hetmoe.checkpoint.load import load_model, load_tokenizer, model_directory, model_name, open_checkpoint, parse_dtype
 from hetmoe.commands.common import make_console, write_json
+from hetmoe.commands.info_mesh import MeshQuestion, answer
 from hetmoe.evaluate.provenance import provenance
 from hetmoe.files import check_writable
 from hetmoe.models.abstract import Leaf, abstract_params, is_leaf
 from hetmoe.models.config import ModelConfig
+from hetmoe.models.hf_config import config_from_hf
+from hetmoe.models.hf_fields import read_json
 from hetmoe.models.model import model_fingerprint
 from hetmoe.placement.streaming import stored_identity
 from hetmoe.quantize.budget import EXPERT_MATRICES
@@ -65,17 +69,36 @@ def active_parameters(config: ModelConfig, counts: dict[str, int]) -> int:
     return round(total - counts["experts"] * (1 - config.experts_per_token / config.num_experts))
 
 
-def _identify(
-    model_source: str, directory: Path, dtype: str | None
-) -> tuple[ModelConfig, str, str, QuantizedLayout | None]:
-    """(config, fingerprint, dtype, layout of quantized experts) of a model directory."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Known:
+    """What is known of a model; identity and dtype are None where there are no weights."""
+
+    name: str
+    config: ModelConfig
+    identity: str | None
+    dtype: str | None
+    layout: QuantizedLayout | None
+    tokenizer: Tokenizer | None
+
+
+def _identify(source: str, dtype: str | None) -> _Known:
+    """A model directory, or a config.json of whatever name without weights."""
+    if source.endswith(".json") and Path(source).is_file():
+        config = config_from_hf(read_json(Path(source)), source=source)
+        return _Known(name=source, config=config, identity=None, dtype=dtype, layout=None, tokenizer=None)
+    directory = model_directory(source)
     if orbax_directory.is_one(directory):
-        model = load_model(model_source, dtype)
+        model = load_model(source, dtype)
+        config, identity, stored = model.config, model_fingerprint(model), str(model.params.embed.dtype)
         layout = layout_of(model.params.layers.moe.experts)
-        return model.config, model_fingerprint(model), str(model.params.embed.dtype), layout
-    checkpoint = open_checkpoint(model_source)
-    identity, stored = stored_identity(checkpoint, dtype)
-    return checkpoint.config, identity, str(stored), checkpoint.storage.layout
+    else:
+        checkpoint = open_checkpoint(source)
+        identity, found = stored_identity(checkpoint, dtype)
+        config, stored, layout = checkpoint.config, str(found), checkpoint.storage.layout
+    return _Known(
+        name=model_name(source, directory), config=config, identity=identity, dtype=stored, layout=layout,
+        tokenizer=load_tokenizer(directory / "tokenizer.json", config),
+    )  # fmt: skip
 
 
 def _expert_bits(config: ModelConfig, layout: QuantizedLayout) -> tuple[dict[str, int], int, int]:
@@ -92,24 +115,25 @@ def _expert_bits(config: ModelConfig, layout: QuantizedLayout) -> tuple[dict[str
     return kinds, sum(kinds.values()) * weights, bits
 
 
-def run(model_source: str, dtype: str | None, json_file: Path | None) -> None:
-    """Prints the description, and writes it as JSON if asked."""
+def run(source: str, dtype: str | None, json_file: Path | None, question: MeshQuestion | None) -> None:
+    """Prints the description, and writes it as JSON if asked; with a question, also what a mesh would take."""
     if json_file is not None:
         check_writable(json_file)
     parse_dtype(dtype)
-    directory = model_directory(model_source)
-    config, identity, stored, layout = _identify(model_source, directory, dtype)
-    tokenizer = load_tokenizer(directory / "tokenizer.json", config)
-    console, name = make_console(), model_name(model_source, directory)
+    if question is not None:
+        question.shard()
+    known, console = _identify(source, dtype), make_console()
+    name, config, identity, layout = known.name, known.config, known.identity, known.layout
     counts = parameters_by_module(config)
     total, active = sum(counts.values()), active_parameters(config, counts)
 
-    title = f"{name} ({identity}{'' if layout is None else ', quantized'})"
+    title = f"{name} ({identity or 'no weights'}{'' if layout is None else ', quantized'})"
     about = Table(title=title, title_justify="left", show_header=False)
     for field, value in _described(config):
         about.add_row(field, value)
+    stored = known.dtype or "bfloat16"
     about.add_row("dtype", stored)
-    about.add_row("tokenizer", "none" if tokenizer is None else f"{tokenizer.get_vocab_size()} entries")
+    about.add_row("tokenizer", "none" if known.tokenizer is None else f"{known.tokenizer.get_vocab_size()} entries")
     width = jnp.dtype(stored).itemsize
     runs_on = dict(_RUNS_ON)
     memory = {module: count * width for module, count in counts.items()}
@@ -130,10 +154,12 @@ def run(model_source: str, dtype: str | None, json_file: Path | None) -> None:
     table.add_row("total", f"{total:,}", "100.00%", f"{sum(memory.values()) / 1e6:,.2f} MB", "")
     console.print(table)
     console.print(f"multiplied per token: {active:,} parameters")
+    mesh = None if question is None else answer(question, config, console)
     if json_file is not None:
         record = {
             "format": "hetmoe-info-1",
             "provenance": provenance(),
+            "mesh": mesh,
             "model": {"name": name, "fingerprint": identity, "config": dataclasses.asdict(config)},
             "parameters": counts,
             "active_parameters": active,

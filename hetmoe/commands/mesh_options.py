@@ -87,7 +87,7 @@ class MeshOptions:
         check_divides(shard, config, batch=run.batch, seeds=run.seeds if run.weights is not None else None)
         mesh = make_mesh(shard)
         found = bytes_per_device(config, shard, run)
-        console.print(_memory_table(shard, found, available))
+        console.print(memory_table(shard, found, available))
         check_fits(config, shard, run, available)
         return mesh
 
@@ -104,7 +104,8 @@ def mesh_record(mesh: jax.sharding.Mesh | None) -> dict[str, Any] | None:
     return {"axes": dict(mesh.shape), "devices": mesh.size, "processes": jax.process_count()}
 
 
-def _memory_table(shard: Shard, found: dict[str, int], available: int | None) -> Table:
+def memory_table(shard: Shard, found: dict[str, int], available: int | None) -> Table:
+    """Bytes of one device by what they are for, and of how many."""
     table = Table(
         title=f"Memory of each of {parts_of(shard)} devices, mesh {describe_mesh(shard)}", title_justify="left"
     )

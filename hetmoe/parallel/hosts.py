@@ -4,8 +4,13 @@ All processes run the same program on the same arguments; JAX's own runtime (`ja
 is the one that prints and writes.
 """
 
+import atexit
+import contextlib
 import dataclasses
 import json
+import subprocess
+import sys
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -15,8 +20,14 @@ from jax.experimental import multihost_utils
 from hetmoe.errors import InputError
 
 CLUSTERS = {"slurm": "slurm", "k8s": "k8s", "mpi": "ompi"}  # on the command line: as `jax.distributed` calls it
-HEARTBEAT_S = 30  # without a sign of life from a process for so long, all others end
-WAIT_S = 120  # for the others, at the start and at the end
+HEARTBEAT_S = 30  # without a sign of life from a process for so long, JAX's runtime ends all others
+WAIT_S = 120  # for the others, at the start
+WAIT_AT_END_S = 20  # a process that stops for an error does not wait for the others longer
+
+# JAX's runtime ends a process from outside Python, with a stack trace of its own: what that means is said by a child,
+# which reads to the end of a pipe and finds that this process did not say goodbye.
+_GOODBYE = b"goodbye"
+_LISTENER = f"import sys\nif sys.stdin.buffer.read() != {_GOODBYE!r}: print(sys.argv[1], file=sys.stderr, flush=True)"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +82,7 @@ def start(processes: Processes) -> None:
             cluster_detection_method="deactivate" if processes.cluster is None else CLUSTERS[processes.cluster],
             initialization_timeout=WAIT_S,
             heartbeat_timeout_seconds=HEARTBEAT_S,
-            shutdown_timeout_seconds=WAIT_S,
+            shutdown_timeout_seconds=WAIT_AT_END_S,
         )
     except (ValueError, KeyError) as error:
         raise InputError(
@@ -80,13 +91,49 @@ def start(processes: Processes) -> None:
         ) from None
     except RuntimeError as error:
         raise InputError(
-            f"the processes of this run did not meet within {WAIT_S} s ({_last_line(error)}): are all of them started, "
+            f"the processes of this run did not meet in {WAIT_S} s ({_first_line(error)}): are all of them started, "
             "with the same --coordinator and --processes?"
         ) from None
 
+    _say_if_cut_off()
 
-def _last_line(error: Exception) -> str:
+
+def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:200]
+
+
+def _say_if_cut_off() -> None:
+    message = (
+        f"hetmoe: process {jax.process_index()} of {jax.process_count()} was ended before it had finished: it was "
+        "killed, or another process of this run was, and the run cannot go on without it. Finished parts (--progress) "
+        "and finished points of a sweep are kept: start all processes again with the same command"
+    )
+    listener = subprocess.Popen(
+        [sys.executable, "-c", _LISTENER, message], stdin=subprocess.PIPE, start_new_session=True
+    )
+
+    def say_goodbye() -> None:
+        listener.communicate(_GOODBYE)
+
+    atexit.register(say_goodbye)
+
+
+@contextlib.contextmanager
+def failures_of_others() -> Generator[None]:
+    """Turns what the runtime raises when another process of the run is gone into one line.
+
+    Raises:
+        InputError: for an error of the runtime in a run of several processes.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        raise InputError(
+            f"process {jax.process_index()} of {jax.process_count()}: the run cannot go on, probably because another "
+            f"process ended ({_first_line(error)}); finished parts and points are kept"
+        ) from None
 
 
 def is_main() -> bool:

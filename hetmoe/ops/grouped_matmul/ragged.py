@@ -13,14 +13,19 @@ from jaxtyping import Array
 
 from hetmoe.ops.mapped_axis import element_numbers, fold_axis
 
-HIGHEST = jax.lax.Precision.HIGHEST  # float32 operands are otherwise cut to bfloat16 on TPU
+
+def _precision(x: Array) -> jax.lax.Precision | None:
+    """Float32 operands are otherwise cut to bfloat16 on TPU; for narrow ones its compiler takes the default only."""
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
 @custom_vmap
 def products(x: Array, w: Array, block_expert: Array, used: Array | None) -> Array:
     """As `grouped_matmul`."""
     sizes = _rows_per_expert(x, block_expert, w.shape[0])
-    y = jax.lax.ragged_dot(_rows(x), w.astype(x.dtype), sizes, precision=HIGHEST, preferred_element_type=jnp.float32)
+    y = jax.lax.ragged_dot(
+        _rows(x), w.astype(x.dtype), sizes, precision=_precision(x), preferred_element_type=jnp.float32
+    )
     y = y.reshape(*x.shape[:2], -1)
     return y if used is None else jnp.where(used[:, None, None], y, 0)
 
@@ -49,7 +54,7 @@ def weights_gradient(x: Array, grad: Array, block_expert: Array, experts: int) -
         )
         return jax.lax.ragged_dot_general(
             _rows(x), _rows(grad), _rows_per_expert(x, block_expert, experts), over_rows,
-            precision=HIGHEST, preferred_element_type=jnp.float32,
+            precision=_precision(x), preferred_element_type=jnp.float32,
         )  # fmt: skip
 
     @of_all.def_vmap

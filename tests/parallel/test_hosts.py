@@ -1,0 +1,134 @@
+"""Runs of two processes with four devices each, beside one process with eight."""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Generator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hetmoe.errors import InputError
+from hetmoe.parallel.hosts import Processes
+from tests.checkpoint.golden_files import ROOT
+from tests.parallel.processes import environment, output_of
+
+
+def free_port() -> int:
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return opened.getsockname()[1]
+
+
+@contextlib.contextmanager
+def two(case: str, *more: object, **variables: str) -> Generator[list[subprocess.Popen]]:
+    """Both processes of a run; what is left of them ends with the test."""
+    port = free_port()
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.parallel.host_cases", case, str(port), "2", str(number), *map(str, more)],
+            cwd=ROOT, env=environment() | variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
+def finished(case: str, *more: object, **variables: str) -> list[str]:
+    with two(case, *more, **variables) as processes:
+        outputs = [process.communicate(timeout=500) for process in processes]
+        for process, (_, err) in zip(processes, outputs, strict=True):
+            assert process.returncode == 0, err[-3000:]
+            assert "was ended before" not in err
+        # The library that connects processes on CPUs prints that it does.
+        return ["".join(x for x in out.splitlines(keepends=True) if not x.startswith("[Gloo]")) for out, _ in outputs]
+
+
+def test_two_processes_find_what_one_does() -> None:
+    main, other = finished("evaluate")
+    assert not other  # results are given once
+    found, alone = json.loads(main), json.loads(output_of("tests.parallel.host_cases", "evaluate", 0, 1, 0))
+    for left, right in zip(found[:4], alone[:4], strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-5)
+    assert found[4] == alone[4]
+
+
+def test_a_process_reads_the_experts_of_its_devices_only() -> None:
+    read = [json.loads(out) for out in finished("load")]
+    everything = json.loads(output_of("tests.parallel.host_cases", "load", 0, 1, 0))
+    for number, keys in enumerate(read):
+        experts = {int(key.split(".experts.")[1].split(".")[0]) for key in keys if ".experts." in key}
+        assert experts == set(range(4 * number, 4 * number + 4))
+    assert set(read[0]) | set(read[1]) == set(everything)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_a_process_is_killed_the_other_ends_and_what_is_finished_is_kept(tmp_path: Path, victim: int) -> None:
+    with two("killed", tmp_path, VICTIM=str(victim)) as processes:
+        processes[victim].wait(timeout=200)
+        since = time.monotonic()
+        _, err = processes[1 - victim].communicate(timeout=100)
+        assert time.monotonic() - since < 60
+        assert processes[1 - victim].returncode not in (0, None)
+        assert f"process {1 - victim} of 2" in err and "kept" in err
+    lines = (tmp_path / "progress").read_text().splitlines()
+    assert [json.loads(line)["part"] for line in lines[1:]] == ["0"]
+    main, _ = finished("killed", tmp_path, VICTIM="2")
+    assert main.split() == ["30.0", "3"]  # 0 + ... + 7, and the number of the part
+    assert len((tmp_path / "progress").read_text().splitlines()) == 4
+
+
+def test_what_differs_or_does_not_fit_is_refused_by_both() -> None:
+    for out in finished("refused"):
+        lines = out.splitlines()
+        assert "process 1 of 2 differs from process 0 in jax: '0.10.1' and '0.10.0'" in lines[0]
+        assert "more processes than parts: 1 parts for 2 processes with 8 devices" in lines[1]
+        assert "4 parts for 2 processes with 8 devices" in lines[2] and "more processes" not in lines[2]
+        assert "has 16 parts, but there are 8 devices" in lines[3]
+        assert len(lines) == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"coordinator": "host:1", "count": 2}, "go together"),
+        ({"count": 2, "number": 0}, "go together"),
+        ({"coordinator": "host", "count": 2, "number": 0}, "must be HOST:PORT"),
+        ({"coordinator": ":12", "count": 2, "number": 0}, "must be HOST:PORT"),
+        ({"coordinator": "host:1", "count": 2, "number": 2}, "from 0 to 1"),
+        ({"coordinator": "host:1", "count": 2, "number": -1}, "from 0 to 1"),
+        ({"cluster": "pbs"}, "use slurm, k8s, mpi"),
+        ({"cluster": "slurm", "count": 2}, "leave out"),
+    ],
+)
+def test_where_a_process_stands_must_be_whole(given: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Processes(**given)
+
+
+def test_one_process_needs_no_others() -> None:
+    assert not Processes().several
+    assert Processes(cluster="slurm").several
+
+
+def test_variables_of_a_cluster_that_are_missing_are_named() -> None:
+    script = (
+        "from hetmoe.parallel import hosts\nfrom hetmoe.errors import InputError\n"
+        "try:\n    hosts.start(hosts.Processes(cluster='slurm'))\nexcept InputError as error:\n    print(error)"
+    )
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=clean | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert "--cluster slurm" in done.stdout and "--coordinator" in done.stdout
