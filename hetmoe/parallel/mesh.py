@@ -16,7 +16,7 @@ def parse_mesh(text: str) -> Shard:
     """`"data=2,expert=4"` as numbers of parts; axes that are not named are not cut.
 
     Raises:
-        InputError: for an unknown axis, one named twice, or a size that is no whole number of at least 1.
+        InputError: for an unknown axis, one named twice, or a size that is no whole number from 1 to 10^9.
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):
@@ -25,8 +25,8 @@ def parse_mesh(text: str) -> Shard:
             raise InputError(f"mesh {text!r}: unknown axis {name!r}; use {', '.join(AXES)}, as in data=2,expert=4")
         if name in sizes:
             raise InputError(f"mesh {text!r}: axis {name!r} is named twice")
-        if not value.isdecimal() or int(value) < 1:
-            raise InputError(f"mesh {text!r}: {name}={value!r} must be a whole number of at least 1")
+        if not value.isdecimal() or len(value) > 9 or int(value) < 1:
+            raise InputError(f"mesh {text!r}: {name}={value!r} must be a whole number of at least 1, below 10^9")
         sizes[name] = int(value)
     return Shard(**sizes)
 
@@ -99,6 +99,14 @@ def make_mesh(shard: Shard, devices: Sequence[Any] | None = None) -> jax.shardin
     if devices is not None:  # described ones, which jax.make_mesh may not know how to order
         return jax.sharding.Mesh(np.array(found[:size]).reshape(sizes), AXES, axis_types=kinds)
     return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=found[:size])
+
+
+def window_parts(mesh: jax.sharding.Mesh | None) -> int:
+    """Into how many parts a mesh cuts a batch of windows."""
+    if mesh is None:
+        return 1
+    shard = shard_of(mesh)
+    return shard.data * shard.expert
 
 
 def shard_of(mesh: jax.sharding.Mesh) -> Shard:
