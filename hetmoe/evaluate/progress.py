@@ -73,9 +73,11 @@ def open_progress(
         if is_main:
             try:
                 file = stack.enter_context(_locked(path))
-                content = _whole_lines(file)
+                content = _whole_lines(path, file)
             except InputError as problem:  # the others wait: they are to hear of it
                 error = str(problem)
+            except OSError as problem:
+                error = f"{path}: cannot be read ({problem.strerror})"
         answer = json.loads(share(json.dumps([error, content.decode(errors="replace")]).encode() if is_main else None))
         if answer[0]:
             raise InputError(answer[0])
@@ -114,24 +116,35 @@ def _locked(path: Path) -> Generator[int]:
         os.close(handle)
 
 
-def _whole_lines(handle: int) -> bytes:
-    """The content up to the last line's end; what follows is cut off the file."""
+def _whole_lines(path: Path, handle: int) -> bytes:
+    """The content up to the last line's end; what follows is cut off the file. A file of anything else is left alone.
+
+    Raises:
+        InputError: for a file that does not begin as progress does.
+    """
     with os.fdopen(os.dup(handle), "rb") as file:
         file.seek(0)
         content = file.read()
+    start = json.dumps({"format": FORMAT})[:-1].encode()
+    if content[: len(start)] != start[: len(content)]:
+        raise InputError(f"{path}: is no progress of an evaluation; give another file")
     whole = content[: content.rfind(b"\n") + 1]
-    os.ftruncate(handle, len(whole))
+    if len(whole) < len(content):
+        os.ftruncate(handle, len(whole))
     os.lseek(handle, 0, os.SEEK_END)
     return whole
 
 
 def _append(path: Path, handle: int, line: str) -> None:
-    data = line.encode()
+    data, before = line.encode(), os.lseek(handle, 0, os.SEEK_CUR)
     try:
         while data:
             data = data[os.write(handle, data) :]
         os.fsync(handle)
     except OSError as error:
+        with contextlib.suppress(OSError):  # another thread may yet append its line: not behind half of this one
+            os.ftruncate(handle, before)
+            os.lseek(handle, before, os.SEEK_SET)
         raise InputError(f"{path}: cannot be written ({error.strerror}); what is finished is kept") from None
 
 
@@ -139,9 +152,6 @@ def _parse(path: Path, content: str) -> tuple[dict[str, Any] | None, dict[str, A
     """(first line, sums by part)."""
     try:
         lines = [json.loads(line) for line in content.splitlines()]
-        header = lines[0] if lines else None
-        if header is not None and header.get("format") != FORMAT:
-            raise InputError(f"{path}: is no progress of an evaluation; give another file")
-        return header, {line["part"]: line["sums"] for line in lines[1:]}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{path}: is no progress of an evaluation, or is damaged; give another file") from None
+        return (dict(lines[0]) if lines else None), {line["part"]: dict(line["sums"]) for line in lines[1:]}
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path}: is damaged; remove it, or give another file") from None
