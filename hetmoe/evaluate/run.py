@@ -50,12 +50,14 @@ def make_batches(windows: Windows, choices: np.ndarray, asked: np.ndarray, batch
 
 
 def chunks(batches: Batches, size: int) -> list[tuple[int, Batches]]:
-    """(number of the first batch, batches) of the text in pieces of `size` batches.
+    """(number of the first batch, batches) of the text in as few equal pieces as have at most `size` batches.
 
     The last piece is filled up with copies of its first batch of weight 0, so that one program serves all.
     """
+    count = batches.tokens.shape[0]
+    size = -(-count // -(-count // size))
     found: list[tuple[int, Batches]] = []
-    for start in range(0, batches.tokens.shape[0], size):
+    for start in range(0, count, size):
         part: Batches = jax.tree.map(lambda leaf, at=start: leaf[at : at + size], batches)
         if more := size - part.tokens.shape[0]:
             fill: Batches = jax.tree.map(lambda leaf, n=more: jnp.repeat(leaf[:1], n, axis=0), part)

@@ -156,3 +156,52 @@ def test_blocks_of_padding_up_to_a_multiple() -> None:
     np.testing.assert_array_equal(padded.token_slot, plain.token_slot)
     np.testing.assert_array_equal(padded.slot_token[: 9 * 8], plain.slot_token)
     assert np.all(padded.slot_token[9 * 8 :] == 13)
+
+
+def check_without_some(chosen: np.ndarray, experts: int, block: int) -> None:
+    """Copies whose expert is `experts` have none; every other gets the slot that it would have had without them."""
+    tokens = chosen.shape[0]
+    plan = compiled(jnp.asarray(chosen), experts, block)
+    slot_token, token_slot, block_expert = map(np.asarray, (plan.slot_token, plan.token_slot, plan.block_expert))
+    has_one = chosen < experts
+    # Slots hold the copies with an expert, once each, and nothing else.
+    assert np.sum(slot_token < tokens) == has_one.sum() and slot_token.max(initial=tokens) == tokens
+    used = token_slot[has_one]
+    assert np.unique(used).size == used.size
+    np.testing.assert_array_equal(slot_token[used], np.nonzero(has_one)[0])
+    np.testing.assert_array_equal(block_expert[used // block], chosen[has_one])
+    # Others are read from a slot that is there, whatever it holds.
+    assert token_slot.min() >= 0 and token_slot.max() < slot_token.size
+    assert block_expert.max() < experts and np.all(np.diff(block_expert) >= 0)
+    if has_one.any():
+        fewer = compiled(jnp.asarray(chosen[has_one][:, None]), experts, block)
+        np.testing.assert_array_equal(np.asarray(fewer.token_slot)[:, 0], used)
+        blocks = fewer.block_expert.size
+        np.testing.assert_array_equal(block_expert[:blocks], fewer.block_expert)
+    # Slots of padding stay zero.
+    x = whole_numbers(1, tokens, WIDTH)
+    flat = np.asarray(to_blocks(x, plan)).reshape(-1, WIDTH)
+    assert not flat[slot_token == tokens].any()
+    np.testing.assert_array_equal(flat[used], np.asarray(x)[np.nonzero(has_one)[0]])
+
+
+@pytest.mark.parametrize(("tokens", "copies", "experts", "block"), SHAPES[2:5])
+def test_copies_without_an_expert_get_no_slot(tokens: int, copies: int, experts: int, block: int) -> None:
+    rng = np.random.default_rng(tokens)
+    chosen = rng.integers(0, experts, (tokens, copies)).astype(np.int32)
+    without = np.where(rng.random(chosen.shape) < 0.4, np.int32(experts), chosen)
+    assert (without == experts).any() and (without < experts).any()
+    last_only = np.where(np.arange(tokens)[:, None] % 3 > 0, np.int32(experts), np.int32(experts - 1)) + 0 * chosen
+    one = np.full_like(chosen, experts)
+    one[-1, 0] = 0
+    for load in (without, last_only, one, chosen):
+        check_without_some(load, experts, block)
+
+
+@each_shape
+def test_when_no_copy_has_an_expert_all_slots_are_padding(tokens: int, copies: int, experts: int, block: int) -> None:
+    plan = compiled(jnp.full((tokens, copies), experts, jnp.int32), experts, block)
+    np.testing.assert_array_equal(plan.slot_token, np.full(plan.slot_token.shape, tokens))
+    np.testing.assert_array_equal(plan.block_expert, np.full(plan.block_expert.shape, experts - 1))
+    assert np.asarray(plan.token_slot).min() >= 0 and np.asarray(plan.token_slot).max() < plan.slot_token.size
+    assert not np.asarray(to_blocks(whole_numbers(0, tokens, WIDTH), plan)).any()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hetmoe.errors import InputError
 from hetmoe.models.config import LatentAttention, ModelConfig
-from hetmoe.parallel.mesh import check_divides, describe_mesh, make_mesh, parse_mesh, parts_of, shard_of
+from hetmoe.parallel.mesh import check_divides, describe_mesh, make_mesh, parse_mesh, parts_of, shard_of, window_parts
 from hetmoe.parallel.shard import WHOLE, Shard
 from tests.models.tiny import full_config, tiny_config
 
@@ -165,8 +165,13 @@ def test_more_parts_than_devices_are_refused() -> None:
     assert jax.device_count() == 1
     with pytest.raises(InputError, match=r"mesh data=2,expert=3 has 6 parts, but there are 1 devices"):
         make_mesh(Shard(data=2, expert=3))
-    with pytest.raises(InputError, match="has 2 parts, but there are 0 devices"):
-        make_mesh(Shard(data=2), [])
+    with pytest.raises(InputError, match="mesh data=2 has 2 parts, but there are 1 devices"):
+        make_mesh(Shard(data=2), jax.devices())
+
+
+def test_windows_are_cut_along_data_and_experts() -> None:
+    mesh = make_mesh(Shard(data=2, seed=5, expert=3, tensor=7), [str(number) for number in range(210)])
+    assert window_parts(mesh) == 6 and window_parts(None) == 1
 
 
 def test_given_devices_are_taken_in_order() -> None:
