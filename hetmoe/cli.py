@@ -451,18 +451,29 @@ def sweep(
     ray_address: Annotated[
         str | None, typer.Option(help="Of a Ray cluster, such as auto or HOST:6379; default: Ray on this machine.")
     ] = None,
+    mesh: MESH = None,
+    coordinator: COORDINATOR = None,
+    processes: PROCESSES = None,
+    process: PROCESS = None,
+    cluster: CLUSTER = None,
+    cpu_devices: CPU_DEVICES = None,
 ) -> None:
     """Evaluate a grid of placements, devices, noise scales, times, bits and seeds into DIR/sweep.sqlite.
 
     The same command goes on where it was stopped, however that was. Run it several times at once on one machine to
     share the work; on several machines, run a part on each, and collect.
     """
+    from hetmoe.commands.mesh_options import MeshOptions
     from hetmoe.commands.sweep import SweepRequest, run
 
     run(
         SweepRequest(
             config_file=config, output=output, extend=extend, retry_failed=retry_failed, status=status, part=part,
             collect=collect, ray=ray, ray_address=ray_address,
+            devices=MeshOptions(
+                mesh=mesh, coordinator=coordinator, processes=processes, process=process, cluster=cluster,
+                cpu_devices=cpu_devices,
+            ),
         )
     )  # fmt: skip
 

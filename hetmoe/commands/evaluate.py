@@ -36,8 +36,7 @@ from hetmoe.files import check_writable
 from hetmoe.models.model import Model, model_fingerprint
 from hetmoe.parallel import hosts
 from hetmoe.parallel.memory import Workload
-from hetmoe.parallel.mesh import shard_of
-from hetmoe.parallel.shard import WHOLE
+from hetmoe.parallel.mesh import window_parts
 from hetmoe.placement.parameters import digital_parameters
 from hetmoe.placement.plan import all_analog, digital_count, experts_analog
 from hetmoe.placement.plan_file import load_plan
@@ -123,7 +122,7 @@ def _run(request: EvalRequest) -> None:
     files = choose_text(request.text)
     text = prepare_text(
         model, files, tokens=request.tokens, seq=request.seq, batch=request.batch, seed=request.seed,
-        calibrate=request.input_range != "dynamic", parts=_window_parts(model),
+        calibrate=request.input_range != "dynamic", parts=window_parts(model.mesh),
     )  # fmt: skip
     size, devices = text.size, 1 if model.mesh is None else model.mesh.size
     console.print(
@@ -157,12 +156,6 @@ def _run(request: EvalRequest) -> None:
     if hosts.is_main():
         title = f"{model.name}: {request.device} programming noise, {size.tokens:,} tokens, {request.seeds} seeds"
         write_results(results, title, request.plot, request.json_file, _settings(request, model), console)
-
-
-def _window_parts(model: Model) -> int:
-    """Into how many parts a batch of windows is cut."""
-    shard = WHOLE if model.mesh is None else shard_of(model.mesh)
-    return shard.data * shard.expert
 
 
 def _progress(

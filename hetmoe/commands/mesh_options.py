@@ -55,6 +55,11 @@ class MeshOptions:
         hosts.start(self._processes())
         hosts.check_same(code_record() | arguments | {"mesh": self.mesh, "cpu_devices": self.cpu_devices})
 
+    @property
+    def several(self) -> bool:
+        """Whether this is a run of several processes."""
+        return self._processes().several
+
     def _processes(self) -> hosts.Processes:
         return hosts.Processes(
             coordinator=self.coordinator, count=self.processes, number=self.process, cluster=self.cluster

@@ -16,7 +16,7 @@ def show_progress(
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     )  # fmt: skip
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(description, total=total, completed=done)
+        task = bar.add_task(description, total=total, completed=done)  # pyright: ignore[reportArgumentType] (floats add up as well)
 
         def advance(count: float) -> None:
             nonlocal done

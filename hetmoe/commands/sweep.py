@@ -1,19 +1,23 @@
 """`hetmoe sweep`: from a CONFIG to a store of results, and a summary."""
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Generator
 from pathlib import Path
 
-from hetmoe.commands.common import make_console
+from hetmoe.commands.mesh_options import MeshOptions, console_of_main
 from hetmoe.commands.sweep_job import SweepJob, evaluate, goes_on, print_collection, print_summary
 from hetmoe.commands.sweep_parts import run_part, run_with_ray
 from hetmoe.errors import InputError
+from hetmoe.parallel import hosts
 from hetmoe.sweep.collect import collect
 from hetmoe.sweep.config import read_config
-from hetmoe.sweep.ledger import open_ledger
+from hetmoe.sweep.ledger import Ledger, open_ledger
 from hetmoe.sweep.parts import PARTS, check_count, parse_part, part_directory
 from hetmoe.sweep.points import expand, group_points
 from hetmoe.sweep.setup import early_identity, load_for_sweep, model_identity
+from hetmoe.sweep.shared_ledger import SharedLedger
 from hetmoe.sweep.survey import Survey, make_survey
 
 
@@ -30,6 +34,7 @@ class SweepRequest:
     collect: bool
     ray: int | None
     ray_address: str | None
+    devices: MeshOptions
 
     def check(self) -> None:
         """Raises InputError for options that exclude each other."""
@@ -48,11 +53,22 @@ class SweepRequest:
             raise InputError(f"{given[0]} only {deed}: leave out --retry-failed")
         if self.ray_address is not None and self.ray is None:
             raise InputError("--ray-address needs --ray N")
+        self.devices.check()
+        if given and self.devices.several:
+            raise InputError(f"{given[0]} is for one process: leave out --coordinator and --cluster")
+        if given and given[0] != "--part" and self.devices != MeshOptions():
+            raise InputError(f"{given[0]} evaluates nothing here: leave out --mesh and --cpu-devices")
 
 
 def run(request: SweepRequest) -> None:
     """Evaluates what is left, or a part of it, or collects what parts have finished, or only counts."""
     request.check()
+    request.devices.start({"config": str(request.config_file), "output": str(request.output)})
+    with hosts.failures_of_others():
+        _run(request)
+
+
+def _run(request: SweepRequest) -> None:
     part = None if request.part is None else parse_part(request.part, os.environ)
     config = read_config(request.config_file)
     directory = request.config_file.with_suffix("") if request.output is None else request.output
@@ -68,7 +84,8 @@ def run(request: SweepRequest) -> None:
         identity=early_identity(config),
         extend=request.extend,
         retry_failed=request.retry_failed,
-        console=make_console(),
+        console=console_of_main(),
+        devices=request.devices,
     )
     if part is not None:
         run_part(job, part)
@@ -84,15 +101,26 @@ def run(request: SweepRequest) -> None:
     else:
         with goes_on(job):
             _evaluate(job)
-        print_summary(job)
+        if hosts.is_main():
+            print_summary(job)
 
 
 def _evaluate(job: SweepJob) -> None:
     """What parts have finished counts; all the rest is evaluated here."""
-    model = load_for_sweep(job.config)
+    model = load_for_sweep(job.config, job.mesh())
     identity = job.identity | {"model": model_identity(model)}
-    print_collection(job, collect(job.directory, identity, job.points, extend=job.extend))
-    evaluate(job, model, lambda: open_ledger(job.directory, identity, job.groups, extend=job.extend), f"{model.name}")
+    if hosts.is_main():
+        print_collection(job, collect(job.directory, identity, job.points, extend=job.extend))
+
+    @contextlib.contextmanager
+    def open_store() -> Generator[Ledger | SharedLedger]:
+        if not hosts.is_main():
+            yield SharedLedger(None, job.groups)
+            return
+        with open_ledger(job.directory, identity, job.groups, extend=job.extend) as ledger:
+            yield ledger if hosts.count() == 1 else SharedLedger(ledger, job.groups)
+
+    evaluate(job, model, open_store, model.name)
 
 
 def _collect(job: SweepJob, survey: Survey) -> None:

@@ -6,17 +6,24 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 
+from hetmoe.checkpoint.load import parse_dtype
+from hetmoe.commands.described_model import describe_model
+from hetmoe.commands.mesh_options import MeshOptions
 from hetmoe.commands.progress import show_progress
 from hetmoe.commands.tables import metric_tables
 from hetmoe.errors import Interrupted
 from hetmoe.models.model import Model
+from hetmoe.parallel.memory import Workload
+from hetmoe.placement.scores import DEVICE_RULES
 from hetmoe.sweep.collect import Collection
 from hetmoe.sweep.config import SweepConfig
 from hetmoe.sweep.ledger import Ledger
 from hetmoe.sweep.points import SweepPoint
 from hetmoe.sweep.setup import activation_frequencies, make_setup
+from hetmoe.sweep.shared_ledger import SharedLedger
 from hetmoe.sweep.store import read_sweep
 from hetmoe.sweep.summary import summarise
 from hetmoe.sweep.survey import read_status
@@ -37,6 +44,27 @@ class SweepJob:
     extend: bool
     retry_failed: bool
     console: Console
+    devices: MeshOptions
+
+    def mesh(self) -> jax.sharding.Mesh | None:
+        """The mesh to load the model onto, or None.
+
+        Raises:
+            InputError: see `MeshOptions.choose`.
+        """
+        config, one = self.config, None
+        described = describe_model(config.model, config.dtype, load=False)
+        if described.layout is not None:
+            one = f"{config.model}: a model with quantized experts"
+        elif rules := [rule for rule in config.grid.rules if rule in DEVICE_RULES]:
+            one = f"rule {rules[0]}"
+        elif config.execution.weights == "kernel":
+            one = "[execution] weights kernel"
+        run = Workload(
+            batch=config.text.batch, seq=config.text.seq, seeds=1, dtype=parse_dtype(config.dtype),
+            weights=config.execution.weights, dense=True,
+        )  # fmt: skip
+        return self.devices.choose(described.config, run, self.console, one=one)
 
 
 @contextlib.contextmanager
@@ -53,7 +81,10 @@ def goes_on(job: SweepJob) -> Generator[None]:
 
 
 def evaluate(
-    job: SweepJob, model: Model, open_store: Callable[[], contextlib.AbstractContextManager[Ledger]], title: str
+    job: SweepJob,
+    model: Model,
+    open_store: Callable[[], contextlib.AbstractContextManager[Ledger | SharedLedger]],
+    title: str,
 ) -> None:
     """Evaluates what is left in a store."""
     setup = make_setup(job.config, model)

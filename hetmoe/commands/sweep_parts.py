@@ -24,7 +24,7 @@ def run_part(job: SweepJob, part: Part) -> None:
         if all(point_id(point) in done for group in groups for point in group):
             job.console.print(f"part {part}: nothing is left to evaluate")
             return
-        model = load_for_sweep(job.config)
+        model = load_for_sweep(job.config, job.mesh())
         identity = job.identity | {"model": model_identity(model)}
         survey.check(identity, extend=job.extend)
         total = len(job.points)

@@ -204,7 +204,7 @@ def noise_sweep(
             def arguments(start: int, spec: AnalogSpec, number: int, per_seed: Any = per_seed) -> tuple[Any, ...]:
                 chosen = slice(start, start + at_once)
                 analog = (keys[chosen], stack_plans(per_seed[chosen]), spec, calibration)
-                return model.params, *_on_devices(analog, mesh), text[number][1]
+                return model.params, *analog_on_devices(analog, mesh), text[number][1]
 
             compiled = evaluate_seeds.lower(
                 *arguments(0, spec, 0), model.config, weights, implementation, mesh=mesh, first_batch=0
@@ -239,8 +239,10 @@ def noise_sweep(
     return [points[placement.name, scale] for placement in placements for scale in noise_scales]
 
 
-def _on_devices(analog: tuple[jax.Array, Plan, AnalogSpec, Any], mesh: jax.sharding.Mesh | None) -> tuple[Any, ...]:
-    """Keys, plans, hardware and ranges where a mesh wants them."""
+def analog_on_devices(
+    analog: tuple[jax.Array, Plan, AnalogSpec, Calibration | None], mesh: jax.sharding.Mesh | None
+) -> tuple[Any, ...]:
+    """Keys `[seeds]`, plans `[seeds, placements]`, hardware and ranges where a mesh wants them."""
     if mesh is None:
         return analog
     keys, plans, spec, calibration = analog

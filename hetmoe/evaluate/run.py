@@ -1,5 +1,6 @@
 """Perplexity and next-word accuracy over text, digital or over noise seeds, in one compiled function each."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -61,7 +62,7 @@ def chunks(batches: Batches, size: int) -> list[tuple[int, Batches]]:
         part: Batches = jax.tree.map(lambda leaf, at=start: leaf[at : at + size], batches)
         if more := size - part.tokens.shape[0]:
             fill: Batches = jax.tree.map(lambda leaf, n=more: jnp.repeat(leaf[:1], n, axis=0), part)
-            fill = fill.replace(weight=jnp.zeros_like(fill.weight), asked=jnp.zeros_like(fill.asked))
+            fill = dataclasses.replace(fill, weight=jnp.zeros_like(fill.weight), asked=jnp.zeros_like(fill.asked))
             part = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), part, fill)
         found.append((start, part))
     return found

@@ -14,6 +14,7 @@ from flax import struct
 from jax.export import is_symbolic_dim
 from jaxtyping import Array, Float, Int
 
+_NO_SLOT = 2**30  # past all slots
 ANY_LOAD = 16  # slots of a block where the number of copies is open; see `choose_block_size`
 
 
@@ -73,17 +74,16 @@ def dispatch(experts: Int[Array, "tokens copies"], num_experts: int, block_size:
     expert_blocks = (running[-1] + (block_size - 1)) // block_size
     block_end = jnp.cumsum(expert_blocks)
     slot = (block_end - expert_blocks)[own] * block_size + rank
-    last = blocks * block_size - 1
     order = jnp.arange(flat.size, dtype=jnp.int32)
-    filled = jnp.where(flat < num_experts, slot, last + 1 + order)  # all different; the latter are no slots
-    slot_token = (
-        jnp.full((last + 1,), tokens, jnp.int32).at[filled].set(order // copies, mode="drop", unique_indices=True)
-    )
+    has_slot = flat < num_experts
+    filled = jnp.where(has_slot, slot, _NO_SLOT + order)  # all different
+    slot_token = jnp.full((blocks * block_size,), tokens, jnp.int32)
+    slot_token = slot_token.at[filled].set(order // copies, mode="drop", unique_indices=True)
     # Blocks past the last used one fall to the last expert: they hold only padding.
     block_expert = jnp.searchsorted(block_end, jnp.arange(blocks, dtype=jnp.int32), side="right", method="compare_all")
     return Dispatch(
         slot_token=slot_token,
-        token_slot=jnp.clip(slot, 0, last).reshape(tokens, copies),
+        token_slot=jnp.where(has_slot, slot, 0).reshape(tokens, copies),
         block_expert=jnp.minimum(block_expert, num_experts - 1).astype(jnp.int32),
         block_size=block_size,
     )

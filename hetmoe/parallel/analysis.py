@@ -96,12 +96,13 @@ def analyze(
             raise
         said = " ".join(str(error).split())
         raise InputError(f"the program does not fit the memory of its devices: {said[:300]}") from None
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and text is not None  # they are None on platforms of which nothing is known
     return Analysis(
         arguments=memory.argument_size_in_bytes,
         results=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
-        costs=program_costs(compiled.as_text()),
+        costs=program_costs(text),
     )
 
 

@@ -136,33 +136,38 @@ def failures_of_others() -> Generator[None]:
         ) from None
 
 
+def count() -> int:
+    """How many processes there are."""
+    return jax.process_count()
+
+
 def is_main() -> bool:
     """Whether this process prints and writes."""
     return jax.process_index() == 0
 
 
-def check_same(facts: dict[str, Any]) -> None:
+def check_same(facts: dict[str, Any], name: str = "start") -> None:
     """Refuses to go on where processes differ in versions, code or arguments, before anything is compiled.
 
-    The facts travel through the coordinator, not through a compiled program, which versions that differ might not even
-    be able to run together.
+    `name` tells several comparisons of one run apart. The facts travel through the coordinator, not through a compiled
+    program, which versions that differ might not even be able to run together.
 
     Raises:
         InputError: in every process, naming what differs, in which process, and both values.
     """
-    count = jax.process_count()
-    if count == 1:
+    processes = jax.process_count()
+    if processes == 1:
         return
     client = _client()
-    client.key_value_set(f"hetmoe/facts/{jax.process_index()}", json.dumps(facts, default=str))
-    first = json.loads(client.blocking_key_value_get("hetmoe/facts/0", WAIT_S * 1000))
-    for number in range(1, count):
-        other = json.loads(client.blocking_key_value_get(f"hetmoe/facts/{number}", WAIT_S * 1000))
-        for name in first | other:
-            if first.get(name) != other.get(name):
+    client.key_value_set(f"hetmoe/{name}/{jax.process_index()}", json.dumps(facts, default=str))
+    first = json.loads(client.blocking_key_value_get(f"hetmoe/{name}/0", WAIT_S * 1000))
+    for number in range(1, processes):
+        other = json.loads(client.blocking_key_value_get(f"hetmoe/{name}/{number}", WAIT_S * 1000))
+        for fact in first | other:
+            if first.get(fact) != other.get(fact):
                 raise InputError(
-                    f"process {number} of {count} differs from process 0 in {name}: {other.get(name)!r} and "
-                    f"{first.get(name)!r}; all processes need the same versions, code and arguments"
+                    f"process {number} of {processes} differs from process 0 in {fact}: {other.get(fact)!r} and "
+                    f"{first.get(fact)!r}; all processes need the same versions, code and arguments"
                 )
 
 

@@ -65,7 +65,8 @@ def programmed_specs(config: ModelConfig, *, dense: bool, per_column: bool, seed
 
     def of(spec: P) -> ProgrammedMatrix:
         *stack, _, columns = spec
-        return ProgrammedMatrix(w=P(*first, *spec), weight_max=P(*first, *stack, None, columns if per_column else None))
+        maxima: Any = P(*first, *stack, None, columns if per_column else None)
+        return ProgrammedMatrix(w=P(*first, *spec), weight_max=maxima)
 
     def of_layer(layer: Any) -> dict[str, ProgrammedMatrix]:
         if layer is None:
@@ -89,11 +90,13 @@ def calibration_specs(calibration: Calibration | None) -> Calibration | None:
     if calibration is None:
         return None
     sites = {info.site for info in MATRICES.values() if info.module == "experts"}
+    whole: Any = P()
+    by_expert: Any = P(None, "expert")
     return Calibration(
-        layers={site: P(None, "expert") if site in sites else P() for site in calibration.layers},
-        dense_layers=dict.fromkeys(calibration.dense_layers, P()),
-        lm_head=P(),
-        tokens_seen=P(None, "expert"),
+        layers={site: by_expert if site in sites else whole for site in calibration.layers},
+        dense_layers={site: whole for site in calibration.dense_layers},  # noqa: C420 (its type is wider)
+        lm_head=whole,
+        tokens_seen=by_expert,
         tile_rows=calibration.tile_rows,
     )
 

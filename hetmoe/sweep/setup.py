@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hetmoe.evaluate.prepare import EvalText, noise_keys, placement_keys, prepar
 from hetmoe.evaluate.rules import Scorer
 from hetmoe.evaluate.text import heldout_files, read_text
 from hetmoe.models.model import Model, model_fingerprint
+from hetmoe.parallel.mesh import window_parts
 from hetmoe.placement.scores import RANDOM, score_experts
 from hetmoe.quantize.mixed import refuse_quantized
 from hetmoe.sweep.code_digest import code_record
@@ -63,7 +65,8 @@ def model_identity(model: Model) -> dict[str, Any]:
     """Name, config and digests of everything of a model that an evaluation depends on."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(model.params):
-        digest.update(memoryview(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)))  # pyright: ignore[reportArgumentType]
+        for part in _parts(leaf, model.mesh):
+            digest.update(memoryview(np.ascontiguousarray(part).reshape(-1).view(np.uint8)))  # pyright: ignore[reportArgumentType]
     words = None if model.tokenizer is None else hashlib.sha256(model.tokenizer.to_str().encode()).hexdigest()
     return {
         "name": model.name,
@@ -75,13 +78,24 @@ def model_identity(model: Model) -> dict[str, Any]:
     }
 
 
-def load_for_sweep(config: SweepConfig) -> Model:
-    """The model of CONFIG.
+def _parts(leaf: jax.Array, mesh: jax.sharding.Mesh | None) -> Iterator[np.ndarray]:
+    """The values of a parameter in order; of one that other processes hold in part, layer by layer."""
+    if mesh is None or leaf.is_fully_addressable:
+        yield np.asarray(leaf)
+        return
+    together = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    take = jax.jit(lambda leaf, index: leaf[index], out_shardings=together)
+    for index in range(leaf.shape[0]):
+        yield np.asarray(take(leaf, index))
+
+
+def load_for_sweep(config: SweepConfig, mesh: jax.sharding.Mesh | None = None) -> Model:
+    """The model of CONFIG, on a mesh if there is one.
 
     Raises:
         InputError: as `load_model`, or if a window of text exceeds the model's context.
     """
-    model = load_model(config.model, config.dtype)
+    model = load_model(config.model, config.dtype, mesh=mesh)
     if config.grid.rules or set(config.grid.placements) != {"all_digital"}:
         refuse_quantized(model.params, f"{config.source}: rules and analog placements are not of")
     if config.text.seq > model.config.max_position_embeddings:
@@ -101,14 +115,16 @@ def make_setup(config: SweepConfig, model: Model) -> Setup:
     method, grid = config.hardware.range_method(), config.grid
     text = prepare_text(
         model, text_files(config), tokens=config.text.tokens, seq=config.text.seq, batch=config.text.batch,
-        seed=grid.seed, calibrate=method is not None,
+        seed=grid.seed, calibrate=method is not None, parts=window_parts(model.mesh),
     )  # fmt: skip
     file, calibration = config.calibration_file(), None
     if file is not None:
         calibration = load_calibration(file, model, config.hardware.bound_axis).calibration
     elif method is not None and text.aside is not None:
         tokens = jnp.asarray(text.aside.tokens[:, :-1])
-        calibration = calibrate(model.params, tokens, model.config, method, tile_rows=config.hardware.tile_rows)
+        calibration = calibrate(
+            model.params, tokens, model.config, method, tile_rows=config.hardware.tile_rows, mesh=model.mesh
+        )
     scorer = Scorer(
         model=model, sample=text.sample, down_axis=config.hardware.down_axis, seed=grid.seed, calibration=calibration
     )

@@ -7,21 +7,26 @@ from typing import Any
 import jax
 import numpy as np
 
-from hetmoe.evaluate.noise_sweep import make_point, not_a_number
-from hetmoe.evaluate.run import Totals, evaluate_digital, evaluate_seeds
+from hetmoe.evaluate.noise_sweep import analog_on_devices, make_point, not_a_number
+from hetmoe.evaluate.run import Totals, evaluate_digital, evaluate_seeds, on_devices
 from hetmoe.placement.parameters import digital_parameters
 from hetmoe.placement.plan import PLACEMENTS, Plan, place, stack_plans
 from hetmoe.placement.scores import RANDOM, score_experts
 from hetmoe.sweep.ledger import Ledger, Timing, now_utc
 from hetmoe.sweep.points import ALL_DIGITAL, SweepPoint, score_name
 from hetmoe.sweep.setup import Setup
+from hetmoe.sweep.shared_ledger import SharedLedger
 from hetmoe.sweep.store import Failure, Measurement
 
 SECONDS_BETWEEN_LOOKS = 1.0  # for points that others have claimed
 
 
 def work(
-    setup: Setup, ledger: Ledger, progress: Callable[[int], Any], *, pause: Callable[[float], Any] = time.sleep
+    setup: Setup,
+    ledger: Ledger | SharedLedger,
+    progress: Callable[[int], Any],
+    *,
+    pause: Callable[[float], Any] = time.sleep,
 ) -> None:
     """Evaluates points until none is left, waiting for those that other workers have claimed.
 
@@ -80,16 +85,15 @@ def evaluate_group(setup: Setup, points: Sequence[SweepPoint]) -> list[Measureme
 
 def _totals(setup: Setup, point: SweepPoint, plans: list[Plan]) -> Totals:
     """Totals `[plans]` on the hardware of `point`."""
-    params, batches, config = setup.model.params, setup.text.batches, setup.model.config
-    execution = setup.config.execution
+    params, config, mesh = setup.model.params, setup.model.config, setup.model.mesh
+    execution, batches = setup.config.execution, on_devices(setup.text.batches, mesh)
     if point.placement == ALL_DIGITAL:
-        return jax.tree.map(np.atleast_1d, evaluate_digital(params, batches, config, execution.implementation))
+        return jax.tree.map(np.atleast_1d, evaluate_digital(params, batches, config, execution.implementation, mesh))
     spec = setup.config.spec(point.device, point.noise_scale, point.time_s, point.bits)
     key = setup.noise_keys[point.seed_index : point.seed_index + 1]
     stacked = stack_plans([stack_plans(plans)])
-    totals = evaluate_seeds(
-        params, key, stacked, spec, setup.calibration, batches, config, execution.weights, execution.implementation
-    )
+    analog = analog_on_devices((key, stacked, spec, setup.calibration), mesh)
+    totals = evaluate_seeds(params, *analog, batches, config, execution.weights, execution.implementation, mesh=mesh)
     return jax.tree.map(lambda sums: np.asarray(sums)[0], totals)
 
 

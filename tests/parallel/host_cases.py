@@ -70,9 +70,9 @@ def killed(directory: str) -> None:
 def refused() -> None:
     """What is refused before anything is compiled."""
     number = jax.process_index()
-    for facts in ({"jax": "0.10.2"}, {"jax": f"0.10.{number}"}):
+    for name, facts in (("same", {"jax": "0.10.2"}), ("different", {"jax": f"0.10.{number}"})):
         try:
-            hosts.check_same(facts)
+            hosts.check_same(facts, name)
         except InputError as error:
             print(error)
     for text in ("expert=1", "expert=4", "expert=16"):
