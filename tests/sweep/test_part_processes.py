@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hetmoe.sweep import worker
+from hetmoe.sweep.lock import part_lock
 from hetmoe.sweep.parts import Part, found_parts, part_directory
 from hetmoe.sweep.store import MEASURED, read_sweep
 from tests.sweep.processes import PATIENCE, finished, start
@@ -73,15 +74,8 @@ def test_parts_killed_collected_and_changed_in_number_give_the_bits_of_one_proce
 
 
 def test_a_second_process_of_a_part_is_refused(write_config: Callable[..., Path], tmp_path: Path) -> None:
-    config = write_config(placements='["experts_analog"]', rules=None, fractions=None, seeds="40")
-    one = start(config, tmp_path / "s", "--part", "0/2")
-    lock = part_directory(tmp_path / "s", Part(index=0, of=2)) / "part.lock"
-    while not lock.exists():
-        assert one.poll() is None, one.communicate()
-        time.sleep(0.005)
-    time.sleep(0.2)
-    other = start(config, tmp_path / "s", "--part", "0/2")
-    out, _ = other.communicate(timeout=PATIENCE)
-    assert other.returncode == 2 and "another process works at this part" in out, out
-    out, _ = one.communicate(timeout=PATIENCE)
-    assert one.returncode == 0, out
+    config = write_config(placements='["experts_analog"]', rules=None, fractions=None)
+    with part_lock(part_directory(tmp_path / "s", Part(index=0, of=2))):
+        process = start(config, tmp_path / "s", "--part", "0/2")
+        out, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 2 and "0-of-2: another process works at this part" in out, out
