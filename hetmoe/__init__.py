@@ -16,6 +16,8 @@ from hetmoe.models.model import Model
 from hetmoe.models.params import Params
 from hetmoe.models.transformer import forward
 from hetmoe.ops.crossbar_matmul.api import crossbar_matmul
+from hetmoe.parallel.mesh import make_mesh, parse_mesh
+from hetmoe.parallel.model import forward_on, program_on
 from hetmoe.placement.budget import place_within
 from hetmoe.placement.module_scores import ModuleScores, module_parameters
 from hetmoe.placement.plan import Plan, all_analog, all_digital, experts_analog, place
@@ -47,16 +49,20 @@ __all__ = [
     "crossbar_matmul",
     "experts_analog",
     "forward",
+    "forward_on",
     "get_device",
     "load_calibration",
     "load_model",
     "load_plan",
+    "make_mesh",
     "make_read_noise",
     "module_parameters",
+    "parse_mesh",
     "place",
     "place_within",
     "predict_decode",
     "program",
+    "program_on",
     "save_calibration",
     "save_model",
     "save_plan",
