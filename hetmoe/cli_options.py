@@ -77,3 +77,14 @@ CPU_DEVICES = Annotated[int | None, typer.Option(help="Simulate so many devices 
 PROCESSOR = Annotated[str, typer.Option(help="Digital unit: a name of 'hetmoe hardware --list', or a TOML file.")]
 CHIP = Annotated[str, typer.Option(help="Analog chips: a name of 'hetmoe hardware --list', or a TOML file.")]
 LINK = Annotated[str, typer.Option(help="Between both: a name of 'hetmoe hardware --list', or a TOML file.")]
+
+
+def chosen_adc_bound(given: float | None, input_range: str, calibration: Path | None) -> float:
+    """Lambda: as given, as a calibration file says, or the default for the way that ranges are chosen."""
+    from hetmoe.evaluate.calibration_file import stored_adc_bound
+
+    if given is not None:
+        return given
+    if calibration is not None:
+        return stored_adc_bound(calibration)
+    return 12.0 if input_range == "dynamic" else 3.0
