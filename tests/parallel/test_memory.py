@@ -200,7 +200,7 @@ def test_what_does_not_fit_is_refused_with_numbers_and_a_mesh_that_does() -> Non
 def test_what_fits_nowhere_is_refused_with_advice() -> None:
     config = tiny_config(vocab_size=2**20, hidden_size=2**10)  # its 4 heads and 8 experts leave little to cut
     run = dataclasses.replace(NOISY, seeds=1, batch=8)
-    with pytest.raises(InputError, match="no mesh of up to 4096 such devices would; try .*--batch"):
+    with pytest.raises(InputError, match=r"no mesh of up to 4096 such devices would; try .*--batch"):
         check_fits(config, WHOLE, run, GIB // 8)
 
 
