@@ -37,9 +37,9 @@ from hetmoe.placement.plan import all_analog, stack_plans
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "experiments" / "scaling.json"
 AXES = {
-    "experts": (8, 16, 32, 64, 128, 256, 512),
-    "hidden": (64, 128, 256, 512, 1024, 2048),
-    "seeds": (1, 2, 4, 8, 16),
+    "experts": (8, 16, 32, 64, 128, 256),
+    "hidden": (64, 128, 256, 512, 1024),
+    "seeds": (1, 2, 4, 8),
     "devices": (1, 2, 4, 8),
 }
 BASE = {"experts": 64, "hidden": 256, "seeds": 1, "devices": 1}
@@ -55,8 +55,8 @@ def config(experts: int, hidden: int) -> ModelConfig:
     )  # fmt: skip
 
 
-def measure(experts: int, hidden: int, seeds: int) -> float:
-    """Seconds of a run."""
+def measure(experts: int, hidden: int, seeds: int) -> tuple[float, int]:
+    """Seconds of a run, and bytes of its program."""
     of = config(experts, hidden)
     params = jax.jit(init_params, static_argnums=1)(jax.random.key(0), of)
     tokens = np.random.default_rng(0).integers(0, of.vocab_size, (BATCH, SEQ + 1)).astype(np.int32)
@@ -71,15 +71,19 @@ def measure(experts: int, hidden: int, seeds: int) -> float:
         start = time.perf_counter()
         jax.block_until_ready(compiled(*arguments, first_batch=0))
         seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds[1:]))
+    of_program = compiled.memory_analysis()
+    return float(np.median(seconds[1:])), of_program.argument_size_in_bytes + of_program.temp_size_in_bytes
 
 
 def memory(experts: int, hidden: int, devices: int) -> tuple[int, int]:
-    """Bytes of a device, by the compiled program and by the estimate."""
-    of, shard = config(experts, hidden), Shard(expert=devices)
-    run = Workload(batch=BATCH, seq=SEQ, seeds=1, dtype=jnp.float32, weights="stored", dense=True)
+    """Bytes of one of several devices, by the compiled program and by the estimate."""
+    of, shard, run = config(experts, hidden), Shard(expert=devices), workload(1)
     found = analyze(of, shard, run, jax.devices(), hetmoe.analog_spec("pcm"))
     return found.memory, sum(bytes_per_device(of, shard, run).values())
+
+
+def workload(seeds: int) -> Workload:
+    return Workload(batch=BATCH, seq=SEQ, seeds=seeds, dtype=jnp.float32, weights="stored", dense=True)
 
 
 def exponent(sizes: list[int], values: list[float]) -> float:
@@ -94,8 +98,12 @@ def main() -> None:
         rows = []
         for size in sizes:
             at = BASE | {axis: size}
-            seconds = None if axis == "devices" else measure(at["experts"], at["hidden"], at["seeds"])
-            compiled, estimate = memory(at["experts"], at["hidden"], at["devices"])
+            if axis == "devices":
+                seconds, (compiled, estimate) = None, memory(at["experts"], at["hidden"], size)
+            else:
+                seconds, compiled = measure(at["experts"], at["hidden"], at["seeds"])
+                of = config(at["experts"], at["hidden"])
+                estimate = sum(bytes_per_device(of, Shard(), workload(at["seeds"])).values())
             rows.append({"size": size, "seconds": seconds, "bytes": compiled, "estimated_bytes": estimate})
             print(axis, rows[-1], flush=True)
         fitted = {"bytes": exponent(list(sizes), [row["bytes"] for row in rows])}

@@ -90,8 +90,11 @@ def info(
         int | None, typer.Option(help="Tokens per window of that batch; default: 1024, or the model's context.")
     ] = None,
     weights: Annotated[
-        str, typer.Option(help="When crossbars are programmed: stored, layer or kernel; or digital: nothing is analog.")
-    ] = "stored",
+        str | None,
+        typer.Option(
+            help="When crossbars are programmed: stored (the default), layer or kernel; or digital: nothing is analog."
+        ),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the same as JSON.")] = None,
 ) -> None:
     """Describe a model: architecture, parameters by module, memory, tokenizer; and what it would take on a mesh.
@@ -105,10 +108,18 @@ def info(
     question = None
     if mesh is not None:
         question = MeshQuestion(
-            mesh=mesh, analyze=analyze, topology=topology, batch=batch, seq=seq, weights=weights, dtype=dtype
+            mesh=mesh,
+            analyze=analyze,
+            topology=topology,
+            batch=batch,
+            seq=seq,
+            weights=weights or "stored",
+            dtype=dtype,
         )
-    elif analyze or topology is not None:
-        raise InputError("--analyze and --topology need --mesh, such as --mesh data=2,expert=4")
+    elif analyze or any(option is not None for option in (topology, batch, seq, weights)):
+        raise InputError(
+            "--analyze, --topology, --batch, --seq and --weights need --mesh, such as --mesh data=2,expert=4"
+        )
     run(model, dtype, json_file, question)
 
 

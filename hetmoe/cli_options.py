@@ -71,7 +71,9 @@ COORDINATOR = Annotated[
 ]
 PROCESSES = Annotated[int | None, typer.Option(help="How many processes there are, with --coordinator.")]
 PROCESS = Annotated[int | None, typer.Option(help="Number of this process, from 0.")]
-CLUSTER = Annotated[str | None, typer.Option(help="Start of several processes by the variables of slurm, k8s or mpi.")]
+CLUSTER = Annotated[
+    str | None, typer.Option(help="Several processes by the variables of slurm, mpi, or k8s (an indexed Job).")
+]
 CPU_DEVICES = Annotated[int | None, typer.Option(help="Simulate so many devices on this CPU.")]
 
 PROCESSOR = Annotated[str, typer.Option(help="Digital unit: a name of 'hetmoe hardware --list', or a TOML file.")]

@@ -106,8 +106,8 @@ class EvalRequest(AnalogOptions):
 def run(request: EvalRequest) -> None:
     """Evaluates and reports."""
     request.devices.check()
-    request.devices.start(request.arguments())
     with hosts.failures_of_others():
+        request.devices.start(request.arguments())
         _run(request)
 
 
@@ -116,6 +116,8 @@ def _run(request: EvalRequest) -> None:
     request.check()
     console = console_of_main()
     model = load_model(request.model, request.dtype, mesh=_mesh(request, console))
+    if model.mesh is not None and request.jobs not in (None, 1):
+        raise InputError(f"--jobs {request.jobs}: a mesh runs one program at a time: leave it out")
     if request.seq > model.config.max_position_embeddings:
         raise InputError(f"--seq {request.seq} exceeds the model's context of {model.config.max_position_embeddings}")
     saved = [Placement(name=f"plan {path.stem}", plans=[load_plan(path, model)]) for path in request.plans]
@@ -162,14 +164,15 @@ def _progress(
     request: EvalRequest, model: Model, text: EvalText, placements: list[Placement], calibration: Calibration | None,
     keys: jax.Array,
 ) -> contextlib.AbstractContextManager[Progress]:  # fmt: skip
-    """Where sums of finished parts of the text are kept."""
-    if request.progress is None:
+    """Where sums of finished parts of the text are kept. Processes that read other files than process 0 are refused."""
+    if request.progress is None and hosts.count() == 1:
         return contextlib.nullcontext(open_in_memory())
     digest = hashlib.sha256()
     for placement in placements:
         digest.update(placement.name.encode())
     plans = [placement.plans for placement in placements]
     for values in jax.tree.leaves((plans, calibration, jax.random.key_data(keys), text.batches)):
+        digest.update(f"{values.shape} {values.dtype} ".encode())  # the same text in other batches is other parts
         digest.update(np.ascontiguousarray(values).tobytes())
     identity = {
         "model": model.name, "fingerprint": model_fingerprint(model), "text": dataclasses.asdict(text.size),
@@ -178,6 +181,9 @@ def _progress(
         "dtype": request.dtype, "weights": request.weights, "implementation": request.implementation,
         "mesh": mesh_record(model.mesh), "device": jax.devices()[0].device_kind, "code": code_record(),
     }  # fmt: skip
+    hosts.check_same(identity, "what is evaluated")
+    if request.progress is None:
+        return contextlib.nullcontext(open_in_memory())
     chunk = max(1, PART_TOKENS // (request.batch * request.seq))
     return open_progress(request.progress, identity, chunk, is_main=hosts.is_main(), share=hosts.from_main)
 
@@ -195,6 +201,7 @@ def _mesh(request: EvalRequest, console: Console) -> jax.sharding.Mesh | None:
     run = Workload(
         batch=request.batch, seq=request.seq, seeds=request.seeds, dtype=parse_dtype(request.dtype),
         weights=request.weights, dense=True,
+        calibrated=request.input_range != "dynamic" and request.calibration_file is None,
     )  # fmt: skip
     return request.devices.choose(described.config, run, console, one=one)
 

@@ -65,7 +65,7 @@ class MeshQuestion:
             batch=shard.data * shard.expert if self.batch is None else self.batch,
             seq=min(DEFAULT_SEQ, most) if self.seq is None else self.seq, seeds=shard.seed,
             dtype=parse_dtype(self.dtype or "bfloat16"), weights=None if self.weights == DIGITAL else self.weights,
-            dense=True,
+            dense=True, calibrated=False,
         )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Options that say on which devices and processes a command runs, shared by the commands that can use several."""
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -51,6 +52,7 @@ class MeshOptions:
             InputError: if processes cannot meet, or differ in versions, code or `arguments`.
         """
         if self.cpu_devices is not None:
+            jax.config.update("jax_platforms", "cpu")  # also where there is an accelerator
             jax.config.update("jax_num_cpu_devices", self.cpu_devices)
         hosts.start(self._processes())
         hosts.check_same(code_record() | arguments | {"mesh": self.mesh, "cpu_devices": self.cpu_devices})
@@ -83,18 +85,28 @@ class MeshOptions:
         if self.mesh is None and (not several or (one is not None and jax.process_count() == 1)):
             return None
         if one is not None:
-            raise InputError(f"{one} runs on one device: leave out --mesh")
-        available = memory_of_device(jax.local_devices()[0])
-        if self.mesh in (None, "auto"):
-            shard = choose_mesh(config, jax.device_count(), run, available)
-        else:
-            shard = parse_mesh(self.mesh)
+            raise InputError(f"{one} runs on one device: leave out --mesh and what starts several processes")
+        known = [bytes_ for bytes_ in hosts.everyone("memory", memory_of_device(jax.local_devices()[0])) if bytes_]
+        available = min(known) if known else None
+        shard = self._shard(config, run, available)
+        if shard is None:
+            return None
         check_divides(shard, config, batch=run.batch, seeds=run.seeds if run.weights is not None else None)
         mesh = make_mesh(shard)
         found = bytes_per_device(config, shard, run)
         console.print(memory_table(shard, found, available))
         check_fits(config, shard, run, available)
         return mesh
+
+    def _shard(self, config: ModelConfig, run: Workload, available: int | None) -> Shard | None:
+        if self.mesh not in (None, "auto"):
+            return parse_mesh(self.mesh)
+        if self.mesh == "auto" or hosts.count() > 1:
+            return choose_mesh(config, jax.device_count(), run, available)
+        for devices in range(jax.device_count(), 1, -1):  # nobody asked for all of them
+            with contextlib.suppress(InputError):
+                return choose_mesh(config, devices, run, available)
+        return None
 
 
 def console_of_main() -> Console:

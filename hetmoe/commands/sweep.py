@@ -63,8 +63,9 @@ class SweepRequest:
 def run(request: SweepRequest) -> None:
     """Evaluates what is left, or a part of it, or collects what parts have finished, or only counts."""
     request.check()
-    request.devices.start({"config": str(request.config_file), "output": str(request.output)})
+    how = {"--extend": request.extend, "--retry-failed": request.retry_failed}
     with hosts.failures_of_others():
+        request.devices.start({"config": str(request.config_file), "output": str(request.output)} | how)
         _run(request)
 
 
@@ -90,6 +91,10 @@ def _run(request: SweepRequest) -> None:
     if part is not None:
         run_part(job, part)
         return
+    hosts.check_same(job.identity, "what is swept")
+    if not hosts.is_main():  # process 0 alone looks at the store
+        _evaluate(job)
+        return
     survey = make_survey(directory)
     survey.check(job.identity, extend=job.extend)
     if request.status:
@@ -101,8 +106,7 @@ def _run(request: SweepRequest) -> None:
     else:
         with goes_on(job):
             _evaluate(job)
-        if hosts.is_main():
-            print_summary(job)
+        print_summary(job)
 
 
 def _evaluate(job: SweepJob) -> None:

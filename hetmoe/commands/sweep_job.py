@@ -63,6 +63,7 @@ class SweepJob:
         run = Workload(
             batch=config.text.batch, seq=config.text.seq, seeds=1, dtype=parse_dtype(config.dtype),
             weights=config.execution.weights, dense=True,
+            calibrated=config.hardware.range_method() is not None and config.calibration_file() is None,
         )  # fmt: skip
         return self.devices.choose(described.config, run, self.console, one=one)
 

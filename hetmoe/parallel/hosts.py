@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Generator
@@ -19,7 +20,8 @@ from jax.experimental import multihost_utils
 
 from hetmoe.errors import InputError
 
-CLUSTERS = {"slurm": "slurm", "k8s": "k8s", "mpi": "ompi"}  # on the command line: as `jax.distributed` calls it
+CLUSTERS = {"slurm": "slurm", "k8s": "", "mpi": "ompi"}  # on the command line: as `jax.distributed` calls it
+K8S_INDEX = "JOB_COMPLETION_INDEX"  # that Kubernetes gives each pod of an indexed Job
 HEARTBEAT_S = 30  # without a sign of life from a process for so long, JAX's runtime ends all others
 WAIT_S = 120  # for the others, at the start
 WAIT_AT_END_S = 20  # a process that stops for an error does not wait for the others longer
@@ -41,23 +43,29 @@ class Processes:
 
     def __post_init__(self) -> None:
         given = (self.coordinator, self.count, self.number)
-        if self.cluster is not None:
-            if self.cluster not in CLUSTERS:
-                raise InputError(f"cluster {self.cluster!r} is unknown: use {', '.join(CLUSTERS)}")
-            if any(value is not None for value in given):
+        if self.cluster is not None and self.cluster not in CLUSTERS:
+            raise InputError(f"cluster {self.cluster!r} is unknown: use {', '.join(CLUSTERS)}")
+        if self.cluster == "k8s":
+            if self.coordinator is None or self.count is None or self.number is not None:
                 raise InputError(
-                    f"--cluster {self.cluster} reads the cluster's variables: leave out --coordinator, --processes and "
-                    "--process"
+                    f"--cluster k8s takes the number of a process from {K8S_INDEX} of an indexed Job: give "
+                    "--coordinator HOST:PORT (its pod 0 in a headless service) and --processes N (its completions)"
                 )
+        elif self.cluster is not None and any(value is not None for value in given):
+            raise InputError(
+                f"--cluster {self.cluster} reads the cluster's variables: leave out --coordinator, --processes and "
+                "--process"
+            )
+        elif self.cluster is not None:
             return
         if all(value is None for value in given):
             return
-        if self.coordinator is None or self.count is None or self.number is None:
+        if self.coordinator is None or self.count is None or (self.number is None and self.cluster is None):
             raise InputError("--coordinator HOST:PORT, --processes N and --process I go together: give all three")
         host, _, port = self.coordinator.rpartition(":")
         if not host or not port.isdecimal():
             raise InputError(f"--coordinator {self.coordinator!r} must be HOST:PORT, such as 10.0.0.1:1234")
-        if not 0 <= self.number < self.count:
+        if self.number is not None and not 0 <= self.number < self.count:
             raise InputError(f"--process {self.number} must be from 0 to {self.count - 1} (--processes {self.count})")
 
     @property
@@ -74,12 +82,14 @@ def start(processes: Processes) -> None:
     """
     if not processes.several:
         return
+    number = _index_of_pod(processes.count) if processes.cluster == "k8s" else processes.number
+    method = CLUSTERS.get(processes.cluster or "") or "deactivate"
     try:
         jax.distributed.initialize(
             coordinator_address=processes.coordinator,
             num_processes=processes.count,
-            process_id=processes.number,
-            cluster_detection_method="deactivate" if processes.cluster is None else CLUSTERS[processes.cluster],
+            process_id=number,
+            cluster_detection_method=method,
             initialization_timeout=WAIT_S,
             heartbeat_timeout_seconds=HEARTBEAT_S,
             shutdown_timeout_seconds=WAIT_AT_END_S,
@@ -96,6 +106,16 @@ def start(processes: Processes) -> None:
         ) from None
 
     _say_if_cut_off()
+
+
+def _index_of_pod(count: int | None) -> int:
+    found = os.environ.get(K8S_INDEX, "")
+    if not found.isdecimal() or count is None or int(found) >= count:
+        raise InputError(
+            f"--cluster k8s: {K8S_INDEX}={found!r} must be a number below --processes {count}: run in an indexed Job "
+            "(completionMode: Indexed), or give --process"
+        )
+    return int(found)
 
 
 def _first_line(error: Exception) -> str:
@@ -155,20 +175,30 @@ def check_same(facts: dict[str, Any], name: str = "start") -> None:
     Raises:
         InputError: in every process, naming what differs, in which process, and both values.
     """
-    processes = jax.process_count()
-    if processes == 1:
-        return
-    client = _client()
-    client.key_value_set(f"hetmoe/{name}/{jax.process_index()}", json.dumps(facts, default=str))
-    first = json.loads(client.blocking_key_value_get(f"hetmoe/{name}/0", WAIT_S * 1000))
-    for number in range(1, processes):
-        other = json.loads(client.blocking_key_value_get(f"hetmoe/{name}/{number}", WAIT_S * 1000))
+    first, *others = everyone(name, facts)
+    for number, other in enumerate(others, start=1):
         for fact in first | other:
             if first.get(fact) != other.get(fact):
                 raise InputError(
-                    f"process {number} of {processes} differs from process 0 in {fact}: {other.get(fact)!r} and "
-                    f"{first.get(fact)!r}; all processes need the same versions, code and arguments"
+                    f"process {number} of {len(others) + 1} differs from process 0 in {fact}: {other.get(fact)!r} and "
+                    f"{first.get(fact)!r}; all processes need the same versions, code, files and arguments"
                 )
+
+
+def everyone(name: str, value: Any) -> list[Any]:
+    """What every process gives, by its number, as JSON has it; `name` is used once in a run.
+
+    Raises:
+        InputError: if a process does not answer in time.
+    """
+    if jax.process_count() == 1:
+        return [json.loads(json.dumps(value, default=str))]
+    client = _client()
+    client.key_value_set(f"hetmoe/{name}/{jax.process_index()}", json.dumps(value, default=str))
+    return [
+        json.loads(client.blocking_key_value_get(f"hetmoe/{name}/{number}", WAIT_S * 1000))
+        for number in range(jax.process_count())
+    ]
 
 
 def _client() -> Any:

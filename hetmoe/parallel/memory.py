@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from hetmoe.analog.programming import DRAWN_AT_ONCE
 from hetmoe.errors import InputError
 from hetmoe.models.abstract import abstract_params, is_leaf
 from hetmoe.models.attention import LONG, QUERY_CHUNK
@@ -26,6 +27,7 @@ from hetmoe.parallel.shard import Shard
 from hetmoe.parallel.topology import memory_of
 
 GIB = 2**30
+CALIBRATED_AT_ONCE = 4  # windows (`hetmoe.evaluate.calibrate`)
 HEADROOM = 0.9  # of a device's memory: the rest is for what the estimate leaves out
 
 
@@ -40,6 +42,7 @@ class Workload:
         dtype: of weights and activations.
         weights: when crossbars are programmed (`hetmoe.evaluate.execution.WEIGHTS`), None = nothing is analog.
         dense: whether modules outside the experts may be on crossbars.
+        calibrated: whether DAC ranges are calibrated before.
     """
 
     batch: int
@@ -48,6 +51,7 @@ class Workload:
     dtype: Any
     weights: str | None
     dense: bool
+    calibrated: bool = False
 
 
 def bytes_per_device(config: ModelConfig, shard: Shard, run: Workload) -> dict[str, int]:
@@ -65,7 +69,7 @@ def bytes_per_device(config: ModelConfig, shard: Shard, run: Workload) -> dict[s
     stacks = [crossbar_matrices(layer, dense=run.dense) for layer in layers]
     matrices = [(held(leaf), leaf.shape[0]) for stack in stacks for leaf in stack.values()]
     head = config.hidden_size * config.vocab_size // shard.tensor
-    programmed = in_force = 0
+    programmed = in_force = drawn = 0
     if run.weights is not None and matrices:
         if run.weights == "stored":
             programmed = (sum(count for count, _ in matrices) + run.dense * head) * size
@@ -73,18 +77,31 @@ def bytes_per_device(config: ModelConfig, shard: Shard, run: Workload) -> dict[s
             programmed = max(sum(held(leaf) // leaf.shape[0] for leaf in stack.values()) for stack in stacks) * size
         # Clean or programmed, chosen expert by expert: a copy of the largest matrix of a layer.
         in_force = max(*(count // depth for count, depth in matrices), run.dense * head) * size
+        # Draws, deviations and results in float32, of the LM head or of a few experts at a time.
+        drawn = 16 * max(run.dense * head, min(DRAWN_AT_ONCE, max(count // depth for count, depth in matrices)))
     return {
         "parameters": parameters,
         "programmed weights": programmed,
         "weights in force": in_force,
+        "noise while it is drawn": drawn,
         "activations": _activations(config, shard, run),
     }
 
 
 def _activations(config: ModelConfig, shard: Shard, run: Workload) -> int:
-    """The larger of a layer's attention, its experts and the LM head, beside the residual stream."""
+    """The larger of a layer's attention, its experts and the LM head, beside the residual stream.
+
+    Calibration looks at fewer windows, but exchanges all of their token copies at once.
+    """
+    parts = shard.data * shard.expert
+    found = _of_windows(config, shard, run, -(-run.batch // parts), one_round=False)
+    if run.calibrated:
+        found = max(found, _of_windows(config, shard, run, -(-CALIBRATED_AT_ONCE // parts), one_round=True))
+    return found
+
+
+def _of_windows(config: ModelConfig, shard: Shard, run: Workload, windows: int, *, one_round: bool) -> int:
     size, tensor = np.dtype(run.dtype).itemsize, shard.tensor
-    windows = -(-run.batch // (shard.data * shard.expert))
     tokens, hidden, copies = windows * run.seq, config.hidden_size, config.experts_per_token
     stream = 4 * tokens * hidden * size + tokens * hidden * 4  # residual, normed, sum, gathered; float32 of the norm
     heads = config.num_heads // tensor
@@ -93,7 +110,7 @@ def _activations(config: ModelConfig, shard: Shard, run: Workload) -> int:
     projections = 4 * tokens * config.num_heads * config.head_dim * size // tensor + tokens * hidden * 4
     rows = tokens * copies
     if shard.expert > 1:
-        rows = shard.expert * capacity(tokens, copies, config.num_experts // shard.expert, shard)[0]
+        rows = shard.expert * capacity(tokens, copies, config.num_experts // shard.expert, shard)[one_round]
     inner = max(config.expert_intermediate_size, config.shared_intermediate_size or 0)
     width = 2 * inner // tensor * 4 + inner * (size + 4)  # gate and up in float32, and what goes into down
     blocks = rows * (2 * hidden * size + width + 2 * hidden // tensor * 4)
@@ -129,7 +146,10 @@ def check_fits(config: ModelConfig, shard: Shard, run: Workload, available: int 
         hint = f"--mesh {describe_mesh(fits)} ({devices} devices) would"
         break
     else:
-        hint = "no mesh of up to 4096 such devices would; try a smaller --batch, --seq or dtype, or --weights layer"
+        hint = (
+            "no mesh of up to 4096 such devices would; try another --batch (data x expert must divide it), a smaller "
+            "--seq or dtype, or --weights layer"
+        )
     largest = max(found, key=lambda name: found[name])
     raise InputError(
         f"mesh {describe_mesh(shard)} does not fit: a device needs {total / GIB:.2f} GiB ({largest}: "

@@ -11,12 +11,13 @@ from jax.sharding import PartitionSpec as P
 
 from hetmoe.analog.calibration import Calibration
 from hetmoe.analog.programming import ProgrammedMatrix, ProgrammedWeights
+from hetmoe.errors import InputError
 from hetmoe.models.abstract import Leaf, abstract_params, is_leaf
 from hetmoe.models.config import ModelConfig
 from hetmoe.models.matrices import MATRICES, crossbar_matrices
 from hetmoe.models.params import Params
 from hetmoe.parallel.mesh import check_divides, shard_of
-from hetmoe.parallel.shard import TOKENS
+from hetmoe.parallel.shard import AXES, TOKENS
 from hetmoe.placement.plan import Plan
 
 
@@ -105,7 +106,13 @@ WINDOWS = P(None, TOKENS)  # of arrays [batches, batch, ...]
 
 
 def on_mesh(run: Callable[..., Any], mesh: jax.sharding.Mesh, specs: Any, out: Any) -> Callable[..., Any]:
-    """`run` as the program of one device: its arguments are the parts that `specs` say, its results those of `out`."""
+    """`run` as the program of one device: its arguments are the parts that `specs` say, its results those of `out`.
+
+    Raises:
+        InputError: for a mesh without one of the axes.
+    """
+    if missing := [axis for axis in AXES if axis not in mesh.axis_names]:
+        raise InputError(f"the mesh has no axis {missing[0]!r}: make it with hetmoe.make_mesh(hetmoe.parse_mesh(...))")
     return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
 
 

@@ -26,6 +26,8 @@ from hetmoe.sweep.code_digest import code_record
 from hetmoe.sweep.config import SweepConfig
 from hetmoe.sweep.points import score_name
 
+GATHERED_BYTES = 2**26  # of a parameter that processes share, at a time
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
@@ -79,14 +81,15 @@ def model_identity(model: Model) -> dict[str, Any]:
 
 
 def _parts(leaf: jax.Array, mesh: jax.sharding.Mesh | None) -> Iterator[np.ndarray]:
-    """The values of a parameter in order; of one that other processes hold in part, layer by layer."""
+    """The values of a parameter in order; of one that other processes hold in part, some rows at a time."""
     if mesh is None or leaf.is_fully_addressable:
         yield np.asarray(leaf)
         return
     together = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    take = jax.jit(lambda leaf, index: leaf[index], out_shardings=together)
-    for index in range(leaf.shape[0]):
-        yield np.asarray(take(leaf, index))
+    rows = max(1, GATHERED_BYTES * leaf.shape[0] // leaf.nbytes)
+    take = jax.jit(jax.lax.dynamic_slice_in_dim, static_argnums=2, out_shardings=together)
+    for first in range(0, leaf.shape[0], rows):
+        yield np.asarray(take(leaf, first, min(rows, leaf.shape[0] - first)))
 
 
 def load_for_sweep(config: SweepConfig, mesh: jax.sharding.Mesh | None = None) -> Model:

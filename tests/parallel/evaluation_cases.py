@@ -1,6 +1,7 @@
 """Evaluates, calibrates and scores a small model on meshes, beside one device; a process of its own."""
 
 import dataclasses
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -66,12 +67,12 @@ def evaluated(mesh: jax.sharding.Mesh | None, *, few: bool = False):
     return np.array([p.perplexity for p in points]), digital.perplexity[0], load
 
 
-def main() -> None:
-    alone = evaluated(None)
+def compare_evaluations(meshes: tuple[str, ...], *, few: bool) -> None:
+    alone = evaluated(None, few=few)
     routed = 13 * (CONTEXT - 1) * CONFIG.experts_per_token
     np.testing.assert_array_equal(alone[2].sum(axis=1), routed)  # windows that fill the batch are not counted
-    for text in ("seed=8", "data=2,seed=2,expert=2", "data=4,tensor=2"):
-        found = evaluated(make_mesh(parse_mesh(text)))
+    for text in meshes:
+        found = evaluated(make_mesh(parse_mesh(text)), few=few)
         if text == "seed=8":  # every device runs the program of one
             np.testing.assert_array_equal(found[0], alone[0])
         # A flipped converter step moves the mean over 78 tokens by little.
@@ -81,11 +82,13 @@ def main() -> None:
         np.testing.assert_array_equal(found[2], alone[2])
         print("evaluated", text)
 
+
+def compare_ranges(meshes: tuple[str, ...], methods: tuple[str, ...]) -> None:
     tokens = batches().tokens.reshape(-1, CONTEXT)[:6]  # which 8 does not divide
     one = model(None)
-    for text in ("data=2,expert=4", "expert=2,tensor=4"):
+    for text in meshes:
         there = model(make_mesh(parse_mesh(text)))
-        for method in ("ema_std", "max", "quantile"):
+        for method in methods:
             how = RangeMethod(method=method)
             wanted = calibrate(one.params, tokens, CONFIG, how, tile_rows=7)
             found = calibrate(there.params, tokens, CONFIG, how, tile_rows=7, mesh=there.mesh)
@@ -103,8 +106,18 @@ def main() -> None:
         print("calibrated and scored", text)
 
 
+def main(part: str) -> None:
+    if part == "seeds":
+        compare_evaluations(("seed=8",), few=True)
+    elif part == "ranges":
+        compare_ranges(("data=2,expert=4",), ("ema_std",))
+    else:
+        compare_evaluations(("seed=8", "data=2,seed=2,expert=2", "data=4,tensor=2"), few=False)
+        compare_ranges(("data=2,expert=4", "expert=2,tensor=4"), ("ema_std", "max", "quantile"))
+
+
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    main()
+    main(sys.argv[1])

@@ -88,13 +88,16 @@ def main(name: str, wanted: list[str]) -> None:
         same = jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), found, programmed)
         for leaf, where in zip(jax.tree.leaves(found), jax.tree.leaves(specs), strict=True):
             assert leaf.sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh, where), leaf.ndim)
+        layer = hetmoe.seeded_weights(key, dense=True, when="layer")
+        stored = np.asarray(forward_on(mesh, there, tokens, config, programmed=found, **analog))
         result = {
+            "layer": spread(np.asarray(forward_on(mesh, there, tokens, config, programmed=layer, **analog)), stored),
             "mesh": text,
             "programmed_differ": [
                 jax.tree_util.keystr(p) for p, v in jax.tree_util.tree_leaves_with_path(same) if not v
             ],
             "digital": spread(np.asarray(forward_on(mesh, there, tokens, config)), clean),
-            "analog": spread(np.asarray(forward_on(mesh, there, tokens, config, programmed=found, **analog)), noisy),
+            "analog": spread(stored, noisy),
         }
         print(json.dumps(result), flush=True)
 

@@ -109,6 +109,9 @@ def test_what_differs_or_does_not_fit_is_refused_by_both() -> None:
         ({"coordinator": "host:1", "count": 2, "number": -1}, "from 0 to 1"),
         ({"cluster": "pbs"}, "use slurm, k8s, mpi"),
         ({"cluster": "slurm", "count": 2}, "leave out"),
+        ({"cluster": "k8s"}, "JOB_COMPLETION_INDEX"),
+        ({"cluster": "k8s", "coordinator": "a:1", "count": 2, "number": 0}, "JOB_COMPLETION_INDEX"),
+        ({"cluster": "k8s", "coordinator": "a", "count": 2}, "must be HOST:PORT"),
     ],
 )
 def test_where_a_process_stands_must_be_whole(given: dict, message: str) -> None:
@@ -121,14 +124,47 @@ def test_one_process_needs_no_others() -> None:
     assert Processes(cluster="slurm").several
 
 
-def test_variables_of_a_cluster_that_are_missing_are_named() -> None:
-    script = (
-        "from hetmoe.parallel import hosts\nfrom hetmoe.errors import InputError\n"
-        "try:\n    hosts.start(hosts.Processes(cluster='slurm'))\nexcept InputError as error:\n    print(error)"
-    )
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=clean | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
-        check=True,
+WHO = """
+import jax
+from hetmoe.errors import InputError
+from hetmoe.parallel import hosts
+jax.config.update("jax_num_cpu_devices", 2)
+try:
+    hosts.start(hosts.Processes({}))
+    print(jax.process_index(), jax.process_count(), jax.device_count(), hosts.everyone("where", jax.process_index()))
+except InputError as error:
+    print(error)
+"""
+
+
+def of_cluster(arguments: str, number: int, **variables: str) -> subprocess.Popen:
+    clean = {name: value for name, value in environment().items() if not name.startswith("SLURM")}
+    of_number = {name: value.format(number) for name, value in variables.items()}
+    return subprocess.Popen(
+        [sys.executable, "-c", WHO.format(arguments)], cwd=ROOT, env=clean | of_number, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    assert "--cluster slurm" in done.stdout and "--coordinator" in done.stdout
+
+
+def said_by(processes: list[subprocess.Popen]) -> list[str]:
+    outs = [process.communicate(timeout=300)[0] for process in processes]
+    return ["".join(x for x in out.splitlines() if not x.startswith("[Gloo]")) for out in outs]
+
+
+def test_processes_of_slurm_and_of_a_kubernetes_job_find_each_other() -> None:
+    """By the variables that srun, and Kubernetes with an indexed Job, set."""
+    slurm = {
+        "SLURM_JOB_ID": str(20000 + os.getpid() % 20000), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
+        "SLURM_PROCID": "{}", "SLURM_LOCALID": "{}", "SLURM_STEP_NUM_NODES": "1",
+    }  # fmt: skip
+    k8s = f"cluster='k8s', coordinator='127.0.0.1:{free_port()}', count=2"
+    for arguments, variables in (("cluster='slurm'", slurm), (k8s, {"JOB_COMPLETION_INDEX": "{}"})):
+        found = said_by([of_cluster(arguments, number, **variables) for number in range(2)])
+        assert found == ["0 2 4 [0, 1]", "1 2 4 [0, 1]"]
+
+
+def test_variables_of_a_cluster_that_are_missing_are_named() -> None:
+    (slurm,) = said_by([of_cluster("cluster='slurm'", 0)])
+    assert "--cluster slurm" in slurm and "--coordinator" in slurm
+    (k8s,) = said_by([of_cluster("cluster='k8s', coordinator='a:1', count=2", 0, JOB_COMPLETION_INDEX="2")])
+    assert "JOB_COMPLETION_INDEX='2' must be a number below --processes 2" in k8s
