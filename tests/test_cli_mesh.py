@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,7 +81,7 @@ def test_progress_of_something_else_is_one_line(run: Run, tmp_path: Path) -> Non
 def test_a_mesh_of_one_device_and_a_file_of_progress_change_no_number(run: Run, tmp_path: Path) -> None:
     progress = tmp_path / "progress"
 
-    def evaluated(*arguments: object) -> tuple[dict, str]:
+    def evaluated(*arguments: object) -> tuple[dict[str, Any], str]:
         path = tmp_path / "r.json"
         code, out, err = run(
             "eval", "reference", *SMALL, "--digital", "0.5", "--rule", "random", *arguments, "--json", path

@@ -16,13 +16,13 @@ def normal(*shape: int) -> np.ndarray:
 
 def halves(values: np.ndarray) -> np.ndarray:
     """Of a last axis: zeros up to a power of two, then the first half plus the second, until one is left."""
-    values = list(np.moveaxis(values, -1, 0))
-    while len(values) & (len(values) - 1):
-        values.append(np.zeros_like(values[0]))
-    while len(values) > 1:
-        middle = len(values) // 2
-        values = [a + b for a, b in zip(values[:middle], values[middle:], strict=True)]
-    return values[0]
+    parts = list(np.moveaxis(values, -1, 0))
+    while len(parts) & (len(parts) - 1):
+        parts.append(np.zeros_like(parts[0]))
+    while len(parts) > 1:
+        middle = len(parts) // 2
+        parts = [a + b for a, b in zip(parts[:middle], parts[middle:], strict=True)]
+    return parts[0]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 13, 64, 100])

@@ -122,7 +122,7 @@ NOT_DIVIDED = [
 
 
 @pytest.mark.parametrize(("config", "shard", "work", "message"), NOT_DIVIDED, ids=lambda v: v if type(v) is str else "")
-def test_what_is_not_divided_is_named(config: ModelConfig, shard: Shard, work: dict, message: str) -> None:
+def test_what_is_not_divided_is_named(config: ModelConfig, shard: Shard, work: dict[str, int], message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)) as found:
         check_divides(shard, config, **work)
     assert str(found.value).startswith(f"mesh {describe_mesh(shard)}: ")
