@@ -24,7 +24,7 @@ BAD = [
         "data x expert of 3 parts does not divide the 16 windows of a batch (--batch)",
     ),
     (("--mesh", "seed=3", "--seeds", "8"), "seed of 3 parts does not divide the 8 noise seeds (--seeds)"),
-    (("--mesh", "expert=2"), "mesh expert=2 has 2 parts, but there are 1 devices"),
+    (("--mesh", "expert=2"), "mesh expert=2 has 2 parts, but there is 1 device"),
     (("--mesh", "data=1", "--rule", "measured"), "rule measured runs on one device: leave out --mesh"),
     (("--mesh", "auto", "--rule", "noise_sensitivity"), "rule noise_sensitivity runs on one device"),
     (("--mesh", "data=1", "--weights", "kernel"), "--weights kernel runs on one device: leave out --mesh"),
@@ -67,7 +67,7 @@ def test_progress_of_something_else_is_one_line(run: Run, tmp_path: Path) -> Non
     other.write_text('{"format": "hetmoe-progress-1", "model": "reference", "fingerprint": "0123"}\n')
     text.write_text("no progress, and without a line's end")
     for path, message in (
-        (other, "is the progress of another evaluation: fingerprint was '0123', is now '"),
+        (other, "is the progress of another evaluation: --model was None, is now 'reference'"),
         (text, "is no progress of an evaluation"),
         (tmp_path, "is a directory; name a file"),
     ):

@@ -36,7 +36,7 @@ from hetmoe.files import check_writable
 from hetmoe.models.model import Model, model_fingerprint
 from hetmoe.parallel import hosts
 from hetmoe.parallel.memory import Workload
-from hetmoe.parallel.mesh import window_parts
+from hetmoe.parallel.mesh import describe_mesh, shard_of, window_parts
 from hetmoe.placement.parameters import digital_parameters
 from hetmoe.placement.plan import all_analog, digital_count, experts_analog
 from hetmoe.placement.plan_file import load_plan
@@ -174,7 +174,11 @@ def _progress(
     for values in jax.tree.leaves((plans, calibration, jax.random.key_data(keys), text.batches)):
         digest.update(f"{values.shape} {values.dtype} ".encode())  # the same text in other batches is other parts
         digest.update(np.ascontiguousarray(values).tobytes())
-    identity = {
+    quiet = ("json_file", "plot", "progress", "jobs")  # change no number
+    options = {name: value for name, value in request.arguments().items() if name not in quiet}
+    identity = {f"--{name.replace('_', '-')}": value for name, value in options.items()}
+    identity |= {"--mesh": "none" if model.mesh is None else describe_mesh(shard_of(model.mesh))}
+    identity |= {
         "model": model.name, "fingerprint": model_fingerprint(model), "text": dataclasses.asdict(text.size),
         "placements, ranges, seeds and text": digest.hexdigest(),
         "analog": describe(request.spec(request.noise_scales[0])), "noise scales": request.noise_scales,

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from hetmoe.checkpoint import orbax_directory
 from hetmoe.checkpoint.load import load_model, load_tokenizer, model_directory, model_name, open_checkpoint, parse_dtype
 from hetmoe.commands.common import make_console, write_json
-from hetmoe.commands.info_mesh import MeshQuestion, answer
+from hetmoe.commands.info_mesh import MeshQuestion, answer, devices_for, workload_of
 from hetmoe.evaluate.provenance import provenance
 from hetmoe.files import check_writable
 from hetmoe.models.abstract import Leaf, abstract_params, is_leaf
@@ -120,10 +120,10 @@ def run(source: str, dtype: str | None, json_file: Path | None, question: MeshQu
     if json_file is not None:
         check_writable(json_file)
     parse_dtype(dtype)
-    if question is not None:
-        question.shard()
+    devices = None if question is None else devices_for(question)
     known, console = _identify(source, dtype), make_console()
     name, config, identity, layout = known.name, known.config, known.identity, known.layout
+    workload = None if question is None else workload_of(question, config)
     counts = parameters_by_module(config)
     total, active = sum(counts.values()), active_parameters(config, counts)
 
@@ -154,7 +154,7 @@ def run(source: str, dtype: str | None, json_file: Path | None, question: MeshQu
     table.add_row("total", f"{total:,}", "100.00%", f"{sum(memory.values()) / 1e6:,.2f} MB", "")
     console.print(table)
     console.print(f"multiplied per token: {active:,} parameters")
-    mesh = None if question is None else answer(question, config, console)
+    mesh = None if question is None or workload is None else answer(question, config, workload, devices, console)
     if json_file is not None:
         record = {
             "format": "hetmoe-info-1",

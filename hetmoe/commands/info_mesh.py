@@ -10,12 +10,13 @@ from rich.table import Table
 from hetmoe.analog.spec import analog_spec
 from hetmoe.checkpoint.load import parse_dtype
 from hetmoe.commands.mesh_options import memory_table
+from hetmoe.commands.tables import bytes_text
 from hetmoe.errors import InputError
 from hetmoe.evaluate.execution import WEIGHTS
 from hetmoe.models.config import ModelConfig
 from hetmoe.parallel.analysis import Analysis, analyze, tokens_per_device
-from hetmoe.parallel.memory import GIB, Workload, bytes_per_device
-from hetmoe.parallel.mesh import check_divides, parse_mesh, parts_of
+from hetmoe.parallel.memory import Workload, bytes_per_device
+from hetmoe.parallel.mesh import check_divides, describe_mesh, parse_mesh, parts_of
 from hetmoe.parallel.shard import Shard
 from hetmoe.parallel.topology import described_devices, memory_of
 
@@ -69,20 +70,46 @@ class MeshQuestion:
         )  # fmt: skip
 
 
-def answer(question: MeshQuestion, config: ModelConfig, console: Console) -> dict[str, Any]:
-    """Prints tables, and gives what a record says of them.
+def devices_for(question: MeshQuestion) -> list[Any] | None:
+    """What to compile for, None = nothing is compiled. To be called before JAX is used: it may have to be simulated.
 
     Raises:
-        InputError: for a mesh that does not divide the model, a topology that cannot be compiled for, or a program that
-            does not fit.
+        InputError: for a topology that cannot be compiled for, or has fewer devices than the mesh.
+    """
+    shard = question.shard()
+    if not question.analyze:
+        return None
+    devices = described_devices(question.topology or f"cpu:{parts_of(shard)}")
+    if len(devices) < parts_of(shard):
+        raise InputError(
+            f"--topology {question.topology} has {len(devices)} devices, mesh {describe_mesh(shard)} "
+            f"{parts_of(shard)} parts"
+        )
+    return devices
+
+
+def workload_of(question: MeshQuestion, config: ModelConfig) -> Workload:
+    """What would run, if the mesh divides it.
+
+    Raises:
+        InputError: if it does not, or for windows longer than the model's context.
     """
     shard = question.shard()
     run = question.workload(shard, config)
     check_divides(shard, config, batch=run.batch)
+    return run
+
+
+def answer(
+    question: MeshQuestion, config: ModelConfig, run: Workload, devices: list[Any] | None, console: Console
+) -> dict[str, Any]:
+    """Prints tables, and gives what a record says of them.
+
+    Raises:
+        InputError: for a program that does not fit.
+    """
+    shard = question.shard()
     estimate = bytes_per_device(config, shard, run)
-    devices = None
-    if question.analyze:
-        devices = described_devices(question.topology or f"cpu:{parts_of(shard)}")
     kind = None if devices is None or question.topology is None else devices[0].device_kind
     console.print(memory_table(shard, estimate, None if kind is None else memory_of(kind)))
     record: dict[str, Any] = {
@@ -96,7 +123,7 @@ def answer(question: MeshQuestion, config: ModelConfig, console: Console) -> dic
         for loop in found.costs.unknown_loops:
             console.print(
                 f"counted once, though it may run more often under uneven load: a round of the experts' exchange, "
-                f"{loop.flops / 1e9:,.1f} GFLOP and {loop.sent_bytes / 2**20:,.1f} MiB"
+                f"{loop.flops / 1e9:,.1f} GFLOP and {bytes_text(loop.sent_bytes)}"
             )
         record |= {"compiled_for": question.topology or "cpu", "compiled": analysis_record(found)}
     return record
@@ -118,14 +145,14 @@ def analysis_record(found: Analysis) -> dict[str, Any]:
 def _analysis_table(found: Analysis, kind: str, tokens: int) -> Table:
     table = Table(title=f"Compiled for {kind}: one batch, {tokens:,} tokens on each device", title_justify="left")
     table.add_column("per device")
-    table.add_column("", justify="right")
+    table.add_column("amount", justify="right")
     for name, value in (
         ("weights and inputs", found.arguments), ("temporaries", found.temporaries), ("results", found.results),
         ("memory in all", found.memory),
     ):  # fmt: skip
-        table.add_row(name, f"{value / GIB:,.3f} GiB")
+        table.add_row(name, bytes_text(value))
     table.add_row("FLOPs of products, at most", f"{found.costs.flops / 1e9:,.1f} GFLOP")
     for name, traffic in sorted(found.costs.collectives.items()):
-        table.add_row(f"sent by {traffic.count:,} {name}", f"{traffic.sent_bytes / 2**20:,.2f} MiB")
-    table.add_row("sent in all", f"{found.costs.sent_bytes / 2**20:,.2f} MiB")
+        table.add_row(f"sent by {traffic.count:,} {name}", bytes_text(traffic.sent_bytes))
+    table.add_row("sent in all", bytes_text(found.costs.sent_bytes))
     return table

@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from hetmoe.commands.common import make_console
+from hetmoe.commands.tables import bytes_text
 from hetmoe.errors import InputError
 from hetmoe.models.config import ModelConfig
 from hetmoe.parallel import hosts
 from hetmoe.parallel.memory import (
-    GIB,
     Workload,
     bytes_per_device,
     check_fits,
@@ -127,11 +127,11 @@ def memory_table(shard: Shard, found: dict[str, int], available: int | None) -> 
         title=f"Memory of each of {parts_of(shard)} devices, mesh {describe_mesh(shard)}", title_justify="left"
     )
     table.add_column("for")
-    table.add_column("GiB", justify="right")
+    table.add_column("bytes", justify="right")
     total = sum(found.values())
     rows = {**found, "total": total} | ({} if available is None else {"available": available})
     for name, value in rows.items():
-        table.add_row(name, f"{value / GIB:,.4f}")
+        table.add_row(name, bytes_text(value))
     return table
 
 

@@ -11,6 +11,8 @@ from hetmoe.evaluate.statistics import Interval, paired_difference
 
 _ABSENT = "-"  # a point that failed
 
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
 
 def metric_tables(
     title: str, metric: str, factor: float, digital: Point | None, points: list[Point], console: Console
@@ -100,3 +102,11 @@ def _tables(
             table.add_row(name, *(cells.get((name, scale), _ABSENT) for scale in part))
         tables.append(table)
     return tables
+
+
+def bytes_text(count: float) -> str:
+    """Bytes in the unit that leaves one to four digits before the point."""
+    unit = 0
+    while count >= 1024 and unit < len(_UNITS) - 1:
+        count, unit = count / 1024, unit + 1
+    return f"{count:,.{0 if unit == 0 else 2}f} {_UNITS[unit]}"

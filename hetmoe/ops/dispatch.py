@@ -52,7 +52,8 @@ def dispatch(experts: Int[Array, "tokens copies"], num_experts: int, block_size:
 
     Args:
         experts: int32, the experts of each token's copies, each in [0, num_experts]; `num_experts` itself stands for no
-            expert: such a copy gets no slot, and what `from_blocks` reads for it means nothing.
+            expert: such a copy gets no slot, and what `from_blocks` reads for it means nothing. (Derivatives are right
+            where there are no such copies.)
         num_experts: E.
         block_size: slots per block.
         multiple: of which the number of blocks is one.

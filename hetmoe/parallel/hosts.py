@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -30,6 +31,9 @@ WAIT_AT_END_S = 20  # a process that stops for an error does not wait for the ot
 # which reads to the end of a pipe and finds that this process did not say goodbye.
 _GOODBYE = b"goodbye"
 _LISTENER = f"import sys\nif sys.stdin.buffer.read() != {_GOODBYE!r}: print(sys.argv[1], file=sys.stderr, flush=True)"
+
+
+_listeners: list[subprocess.Popen[bytes]] = []  # of this process: at most one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +69,8 @@ class Processes:
         host, _, port = self.coordinator.rpartition(":")
         if not host or not port.isdecimal():
             raise InputError(f"--coordinator {self.coordinator!r} must be HOST:PORT, such as 10.0.0.1:1234")
+        if self.count < 1:
+            raise InputError(f"--processes {self.count} must be at least 1")
         if self.number is not None and not 0 <= self.number < self.count:
             raise InputError(f"--process {self.number} must be from 0 to {self.count - 1} (--processes {self.count})")
 
@@ -84,6 +90,7 @@ def start(processes: Processes) -> None:
         return
     number = _index_of_pod(processes.count) if processes.cluster == "k8s" else processes.number
     method = CLUSTERS.get(processes.cluster or "") or "deactivate"
+    logging.getLogger("jax._src.clusters.cluster").setLevel(logging.CRITICAL)  # what is wrong is said below
     try:
         jax.distributed.initialize(
             coordinator_address=processes.coordinator,
@@ -96,8 +103,8 @@ def start(processes: Processes) -> None:
         )
     except (ValueError, KeyError) as error:
         raise InputError(
-            f"--cluster {processes.cluster}: its variables do not say where this process stands ({error}); give "
-            "--coordinator, --processes and --process"
+            f"--cluster {processes.cluster}: the variables of its jobs are not set ({_first_line(error)}): start the "
+            "processes by its launcher, such as srun, or give --coordinator, --processes and --process"
         ) from None
     except RuntimeError as error:
         raise InputError(
@@ -132,28 +139,35 @@ def _say_if_cut_off() -> None:
         [sys.executable, "-c", _LISTENER, message], stdin=subprocess.PIPE, start_new_session=True
     )
 
-    def say_goodbye() -> None:
-        listener.communicate(_GOODBYE)
+    _listeners.append(listener)
+    atexit.register(_say_goodbye)
 
-    atexit.register(say_goodbye)
+
+def _say_goodbye() -> None:
+    while _listeners:
+        _listeners.pop().communicate(_GOODBYE)
 
 
 @contextlib.contextmanager
 def failures_of_others() -> Generator[None]:
-    """Turns what the runtime raises when another process of the run is gone into one line.
+    """Ends this process with one line where the runtime raises an error because another one of the run is gone.
 
-    Raises:
-        InputError: for an error of the runtime in a run of several processes.
+    At once: on its way out Python would have the runtime wait for the others, and be aborted by it.
     """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
-        raise InputError(
-            f"process {jax.process_index()} of {jax.process_count()}: the run cannot go on, probably because another "
-            f"process ended ({_first_line(error)}); finished parts and points are kept"
-        ) from None
+        sys.stdout.flush()
+        sys.stderr.write(
+            f"hetmoe: process {jax.process_index()} of {jax.process_count()}: the run cannot go on, probably because "
+            f"another process ended ({_first_line(error)}); finished parts and points are kept: start all processes "
+            "again with the same command\n"
+        )
+        sys.stderr.flush()
+        _say_goodbye()
+        os._exit(1)
 
 
 def count() -> int:

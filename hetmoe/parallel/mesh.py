@@ -87,7 +87,11 @@ def make_mesh(shard: Shard, devices: Sequence[Any] | None = None) -> jax.shardin
     found, processes = list(jax.devices() if devices is None else devices), jax.process_count()
     size = parts_of(shard)
     if size > len(found):
-        raise InputError(f"mesh {describe_mesh(shard)} has {size} parts, but there are {len(found)} devices")
+        many = "is 1 device" if len(found) == 1 else f"are {len(found)} devices"
+        raise InputError(
+            f"mesh {describe_mesh(shard)} has {size} parts, but there {many}: use a mesh of as many parts, or simulate "
+            f"devices (--cpu-devices {size})"
+        )
     if devices is None and processes > 1 and size != len(found):
         more = "more processes than parts: " if size < processes else ""
         raise InputError(

@@ -163,9 +163,9 @@ def test_a_mesh_of_the_one_device() -> None:
 
 def test_more_parts_than_devices_are_refused() -> None:
     assert jax.device_count() == 1
-    with pytest.raises(InputError, match=r"mesh data=2,expert=3 has 6 parts, but there are 1 devices"):
+    with pytest.raises(InputError, match=r"mesh data=2,expert=3 has 6 parts, but there is 1 device"):
         make_mesh(Shard(data=2, expert=3))
-    with pytest.raises(InputError, match="mesh data=2 has 2 parts, but there are 1 devices"):
+    with pytest.raises(InputError, match="mesh data=2 has 2 parts, but there is 1 device"):
         make_mesh(Shard(data=2), jax.devices())
 
 
