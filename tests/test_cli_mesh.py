@@ -67,7 +67,7 @@ def test_progress_of_something_else_is_one_line(run: Run, tmp_path: Path) -> Non
     other.write_text('{"format": "hetmoe-progress-1", "model": "reference", "fingerprint": "0123"}\n')
     text.write_text("no progress, and without a line's end")
     for path, message in (
-        (other, "is the progress of another evaluation: --model was None, is now 'reference'"),
+        (other, "is the progress of another evaluation: --device was None, is now 'pcm'"),
         (text, "is no progress of an evaluation"),
         (tmp_path, "is a directory; name a file"),
     ):
