@@ -340,7 +340,8 @@ def model_case(sizes: Sizes, implementation: str) -> Case:
     plan = hetmoe.experts_analog(config)
 
     def loss(params: Any, tokens: Array, analog: dict[str, Any]) -> Array:
-        arguments = {"plan": None, "spec": None, "programmed": None, "calibration": None, "read_key": None} | analog
+        nothing = dict.fromkeys(("plan", "spec", "programmed", "calibration", "read_key"))
+        arguments: dict[str, Any] = nothing | analog
         hidden, _, _ = hidden_states(params, tokens[:, :-1], config, **arguments)
         flat = hidden.reshape(-1, hidden.shape[-1])
         found = choice_log_probs(

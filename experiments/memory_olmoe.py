@@ -32,7 +32,8 @@ OLMOE_7B = ModelConfig(
 
 def log_probs(params: Any, tokens: jax.Array, **analog: Any) -> jax.Array:
     """Log-probability of every next token."""
-    arguments = {"plan": None, "spec": None, "programmed": None, "calibration": None, "read_key": None} | analog
+    nothing = dict.fromkeys(("plan", "spec", "programmed", "calibration", "read_key"))
+    arguments: dict[str, Any] = nothing | analog
     hidden, _, _ = hidden_states(params, tokens[:, :-1], OLMOE_7B, **arguments)
     flat = hidden.reshape(-1, hidden.shape[-1])
     return choice_log_probs(

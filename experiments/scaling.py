@@ -17,6 +17,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +73,7 @@ def measure(experts: int, hidden: int, seeds: int) -> tuple[float, int]:
         jax.block_until_ready(compiled(*arguments, first_batch=0))
         seconds.append(time.perf_counter() - start)
     of_program = compiled.memory_analysis()
+    assert of_program is not None
     return float(np.median(seconds[1:])), of_program.argument_size_in_bytes + of_program.temp_size_in_bytes
 
 
@@ -93,7 +95,7 @@ def exponent(sizes: list[int], values: list[float]) -> float:
 
 def main() -> None:
     jax.config.update("jax_num_cpu_devices", max(AXES["devices"]))
-    record: dict = {"format": "hetmoe-scaling-1", "provenance": provenance(), "base": BASE, "axes": {}}
+    record: dict[str, Any] = {"format": "hetmoe-scaling-1", "provenance": provenance(), "base": BASE, "axes": {}}
     for axis, sizes in AXES.items():
         rows = []
         for size in sizes:
@@ -115,7 +117,7 @@ def main() -> None:
     write_bytes(RESULTS.with_suffix(".png"), draw(record))
 
 
-def draw(record: dict) -> bytes:
+def draw(record: dict[str, Any]) -> bytes:
     figure, panels = plt.subplots(2, len(AXES), figsize=(3.2 * len(AXES), 5.6), layout="constrained")
     for column, (axis, found) in enumerate(record["axes"].items()):
         sizes = [row["size"] for row in found["rows"]]
@@ -135,6 +137,9 @@ def draw(record: dict) -> bytes:
             panel.set_ylabel(unit)
             panel.set_xticks(sizes, [str(size) for size in sizes], fontsize=7)
             panel.minorticks_off()
+            low, high = panel.get_ylim()
+            if high < 8 * low:  # so that what hardly changes looks so
+                panel.set_ylim(low / 3, high * 3)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from hetmoe.evaluate.provenance import provenance
 from hetmoe.files import write_text
@@ -34,7 +35,7 @@ MESHES = [
 CASES = [*((*mesh, "digital") for mesh in MESHES), (*MESHES[0], "layer")]
 
 
-def rows() -> list[dict]:
+def rows() -> list[dict[str, Any]]:
     return json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
 
 
@@ -45,7 +46,7 @@ def command(model: str, topology: str, mesh: str, weights: str) -> list[str]:
     ]  # fmt: skip
 
 
-def measure(arguments: list[str]) -> dict:
+def measure(arguments: list[str]) -> dict[str, Any]:
     """What the command's record says, or why there is none."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "record.json"
@@ -58,7 +59,7 @@ def measure(arguments: list[str]) -> dict:
         return {"error": done.stderr.strip().splitlines()[-1]}
 
 
-def table(found: list[dict]) -> str:
+def table(found: list[dict[str, Any]]) -> str:
     lines = [
         "| model | TPUs, mesh | crossbars | weights GiB | temporaries GiB | estimate GiB | sent GB | TFLOP at most |",
         "|---|---|---|---|---|---|---|---|",

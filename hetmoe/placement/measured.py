@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from hetmoe.analog.calibration import Calibration
 from hetmoe.analog.programming import program_named
+from hetmoe.analog.read_noise import ReadDraw
 from hetmoe.analog.spec import AnalogSpec
 from hetmoe.evaluate.run import READ_STREAM, Batches, evaluate_digital, evaluate_seeds
 from hetmoe.models.config import ModelConfig
@@ -150,7 +151,7 @@ def _expert_outputs(
         ranges = None if calibration is None else calibration.layers[MATRICES[name].site][layer, expert]
         read = None
         if spec.read_noise is not None and read_key is not None:
-            read = (spec.read_noise, jax.random.fold_in(read_key, Matrix[name.upper()]), numbers)
+            read = ReadDraw(spec.read_noise, jax.random.fold_in(read_key, Matrix[name.upper()]), numbers)
         on = jnp.ones((1, 1), bool)
         return crossbar_matmul(inputs, matrix.w, ranges, spec.adc_bound, matrix.weight_max, spec.options, on, read)
 

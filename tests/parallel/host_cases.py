@@ -59,6 +59,7 @@ def killed(directory: str) -> None:
     with open_progress(
         Path(directory) / "progress", {"what": "sums"}, 1, is_main=hosts.is_main(), share=hosts.from_main
     ) as store:
+        sums: dict[str, np.ndarray] = {}
         for part in range(3):
             if part == 1 and jax.process_index() == int(os.environ["VICTIM"]) and store.finished < 2:
                 os.kill(os.getpid(), signal.SIGKILL)

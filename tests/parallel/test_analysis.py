@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ def small(folder: Path, **changes: int) -> Path:
     return path
 
 
-def analyzed(folder: Path, mesh: str, *options: object, **changes: int) -> dict:
+def analyzed(folder: Path, mesh: str, *options: object, **changes: int) -> dict[str, Any]:
     record = folder / "record.json"
     output_of(
         "hetmoe.cli", "info", small(folder, **changes), "--mesh", mesh, "--analyze", "--weights", "digital", "--json",

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def two(case: str, *more: object, **variables: str) -> Generator[list[subprocess.Popen]]:
+def two(case: str, *more: object, **variables: str) -> Generator[list[subprocess.Popen[str]]]:
     """Both processes of a run; what is left of them ends with the test."""
     port = free_port()
     started = [
@@ -114,7 +115,7 @@ def test_what_differs_or_does_not_fit_is_refused_by_both() -> None:
         ({"cluster": "k8s", "coordinator": "a", "count": 2}, "must be HOST:PORT"),
     ],
 )
-def test_where_a_process_stands_must_be_whole(given: dict, message: str) -> None:
+def test_where_a_process_stands_must_be_whole(given: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Processes(**given)
 
@@ -137,7 +138,7 @@ except InputError as error:
 """
 
 
-def of_cluster(arguments: str, number: int, **variables: str) -> subprocess.Popen:
+def of_cluster(arguments: str, number: int, **variables: str) -> subprocess.Popen[str]:
     clean = {name: value for name, value in environment().items() if not name.startswith("SLURM")}
     of_number = {name: value.format(number) for name, value in variables.items()}
     return subprocess.Popen(
@@ -146,7 +147,7 @@ def of_cluster(arguments: str, number: int, **variables: str) -> subprocess.Pope
     )  # fmt: skip
 
 
-def said_by(processes: list[subprocess.Popen]) -> list[str]:
+def said_by(processes: list[subprocess.Popen[str]]) -> list[str]:
     outs = [process.communicate(timeout=300)[0] for process in processes]
     return ["".join(x for x in out.splitlines() if not x.startswith("[Gloo]")) for out in outs]
 

@@ -19,19 +19,19 @@ from tests.parallel.test_hosts import free_port
 MESH = ("--mesh", "data=2,expert=2")
 
 
-def start(config: Path, output: Path, *options: object) -> subprocess.Popen:
+def start(config: Path, output: Path, *options: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "hetmoe.cli", "sweep", config, "-o", output, *options]
     return subprocess.Popen(
         list(map(str, command)), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
-def start_two(config: Path, output: Path) -> list[subprocess.Popen]:
+def start_two(config: Path, output: Path) -> list[subprocess.Popen[str]]:
     at = ("--coordinator", f"127.0.0.1:{free_port()}", "--processes", 2)
     return [start(config, output, *MESH, "--cpu-devices", 2, *at, "--process", number) for number in range(2)]
 
 
-def finish(process: subprocess.Popen) -> str:
+def finish(process: subprocess.Popen[str]) -> str:
     out, err = process.communicate(timeout=500)
     assert process.returncode == 0, err[-3000:]
     return out
@@ -100,7 +100,7 @@ def kept(directory: Path) -> int:
     ],
 )
 def test_what_a_sweep_cannot_use_is_refused(
-    write_config: Callable[..., Path], tmp_path: Path, options: tuple, message: str
+    write_config: Callable[..., Path], tmp_path: Path, options: tuple[object, ...], message: str
 ) -> None:
     process = start(write_config(), tmp_path / "out", *options)
     _, err = process.communicate(timeout=300)
