@@ -41,6 +41,26 @@ def make_directory(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def opened_to_lock(path: Path) -> Generator[int]:
+    """A descriptor of a file for `fcntl.flock`; it is closed at the end, which frees the lock.
+
+    The file and its folder are made if need be.
+
+    Raises:
+        InputError: if it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
 def staged_directory(path: Path) -> Generator[Path]:
     """A temporary directory beside `path`, to be filled; it is renamed to `path` at the end, and removed on errors.
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from hetmoe.errors import InputError
+from hetmoe.files import opened_to_lock
 
 FORMAT = "hetmoe-progress-1"
 
@@ -101,19 +102,14 @@ def open_progress(
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Generator[int]:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
-    try:
+    with opened_to_lock(path) as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise InputError(f"{path}: another process evaluates into this file") from None
+        except OSError as error:  # a file system without locks
+            raise InputError(f"{path}: cannot be locked ({error.strerror}); give a file on a local disk") from None
         yield handle
-    finally:
-        os.close(handle)
 
 
 def _whole_lines(path: Path, handle: int) -> bytes:

@@ -12,7 +12,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 from hetmoe.errors import InputError
-from hetmoe.files import make_directory
+from hetmoe.files import make_directory, opened_to_lock
 
 FOLDER = "workers"
 
@@ -54,12 +54,7 @@ def part_lock(directory: Path) -> Generator[None]:
         InputError: if the directory cannot be written, or another process holds the lock.
     """
     make_directory(directory)
-    path = directory / "part.lock"
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
-    try:
+    with opened_to_lock(directory / "part.lock") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -67,8 +62,6 @@ def part_lock(directory: Path) -> Generator[None]:
         except OSError:
             pass
         yield
-    finally:
-        os.close(handle)
 
 
 def is_alive(directory: Path, worker: str) -> bool:
@@ -93,11 +86,7 @@ def _path(directory: Path, worker: str) -> Path:
 @contextlib.contextmanager
 def _exclusive(path: Path) -> Generator[None]:
     make_directory(path.parent)
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
-    try:
+    with opened_to_lock(path) as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError as error:  # a file system without locks
@@ -106,5 +95,3 @@ def _exclusive(path: Path) -> Generator[None]:
                 "copy the folder 'parts' there and collect)"
             ) from None
         yield
-    finally:
-        os.close(handle)
