@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -20,11 +21,12 @@ def test_points_are_evaluated_as_asked(write_config: Callable[..., Path], monkey
     seen: list[tuple[Any, ...]] = []
 
     def digital(*arguments: Any) -> Totals:
-        seen.append(arguments[3:])
+        *_, implementation, mesh = arguments
+        seen.append((implementation, mesh))
         return Totals(nll=jnp.float32(1), correct=jnp.float32(0))
 
-    def seeds(*arguments: Any) -> Totals:
-        seen.append(arguments[7:])
+    def seeds(*arguments: Any, mesh: jax.sharding.Mesh | None) -> Totals:
+        seen.append((*arguments[7:], mesh))
         plans = arguments[2].experts.shape[1]
         return Totals(nll=jnp.ones((1, plans)), correct=jnp.zeros((1, plans)))
 
@@ -34,4 +36,4 @@ def test_points_are_evaluated_as_asked(write_config: Callable[..., Path], monkey
     setup = make_setup(config, load_for_sweep(config))
     for points in group_points(expand(config)):
         worker.evaluate_group(setup, points)
-    assert set(seen) == {("interpret_cuda",), ("layer", "interpret_cuda")}
+    assert set(seen) == {("interpret_cuda", None), ("layer", "interpret_cuda", None)}
