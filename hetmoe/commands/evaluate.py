@@ -116,8 +116,6 @@ def _run(request: EvalRequest) -> None:
     request.check()
     console = console_of_main()
     model = load_model(request.model, request.dtype, mesh=_mesh(request, console))
-    if model.mesh is not None and request.jobs not in (None, 1):
-        raise InputError(f"--jobs {request.jobs}: a mesh runs one program at a time: leave it out")
     if request.seq > model.config.max_position_embeddings:
         raise InputError(f"--seq {request.seq} exceeds the model's context of {model.config.max_position_embeddings}")
     saved = [Placement(name=f"plan {path.stem}", plans=[load_plan(path, model)]) for path in request.plans]
@@ -202,6 +200,8 @@ def _mesh(request: EvalRequest, console: Console) -> jax.sharding.Mesh | None:
         one = f"rule {request.rule}"
     elif request.weights == "kernel":
         one = "--weights kernel"
+    elif request.jobs not in (None, 1):
+        one = f"--jobs {request.jobs}"
     run = Workload(
         batch=request.batch, seq=request.seq, seeds=request.seeds, dtype=parse_dtype(request.dtype),
         weights=request.weights, dense=True,

@@ -81,8 +81,12 @@ class MeshOptions:
         Raises:
             InputError: for a mesh that does not divide the model or the work, does not fit, or that `one` rules out.
         """
-        several = jax.device_count() > 1
-        if self.mesh is None and (not several or (one is not None and jax.process_count() == 1)):
+        devices = jax.device_count()
+        if self.mesh is None and one is not None and hosts.count() == 1:
+            if devices > 1:
+                console.print(f"{one} runs on one of the {devices} devices")
+            return None
+        if self.mesh is None and devices == 1:
             return None
         if one is not None:
             raise InputError(f"{one} runs on one device: leave out --mesh and what starts several processes")

@@ -23,6 +23,8 @@ from hetmoe.parallel.model import pad_sequences
 from hetmoe.parallel.rules import on_mesh, param_specs
 from hetmoe.parallel.shard import TOKENS, WHOLE, Shard
 
+CALIBRATED_AT_ONCE = 4  # sequences per step of the moving average
+
 
 @functools.partial(jax.jit, static_argnames=("config", "tile_rows", "histogram", "mesh"))
 def _observe(
@@ -56,7 +58,7 @@ def collect_statistics(
     config: ModelConfig,
     *,
     tile_rows: int = 512,
-    batch: int = 4,
+    batch: int = CALIBRATED_AT_ONCE,
     histogram: bool = False,
     mesh: jax.sharding.Mesh | None = None,
 ) -> InputStatistics:
@@ -126,7 +128,7 @@ def calibrate(
     how: RangeMethod,
     *,
     tile_rows: int = 512,
-    batch: int = 4,
+    batch: int = CALIBRATED_AT_ONCE,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Calibration:
     """Input ranges of every matrix from one digital pass over `tokens`, `batch` sequences at a time.

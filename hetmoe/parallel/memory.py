@@ -15,6 +15,7 @@ import numpy as np
 
 from hetmoe.analog.programming import DRAWN_AT_ONCE
 from hetmoe.errors import InputError
+from hetmoe.evaluate.calibrate import CALIBRATED_AT_ONCE
 from hetmoe.models.abstract import abstract_params, is_leaf
 from hetmoe.models.attention import LONG, QUERY_CHUNK
 from hetmoe.models.config import ModelConfig
@@ -27,7 +28,6 @@ from hetmoe.parallel.shard import Shard
 from hetmoe.parallel.topology import memory_of
 
 GIB = 2**30
-CALIBRATED_AT_ONCE = 4  # windows (`hetmoe.evaluate.calibrate`)
 HEADROOM = 0.9  # of a device's memory: the rest is for what the estimate leaves out
 
 
