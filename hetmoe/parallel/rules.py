@@ -56,18 +56,14 @@ def param_shardings(config: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
     return jax.tree.map(place, abstract_params(config), is_leaf=is_leaf)
 
 
-def programmed_specs(config: ModelConfig, *, dense: bool, per_column: bool, seeds: bool = False) -> ProgrammedWeights:
-    """Where programmed weights go: as their targets, and their maxima with the experts (with columns if `per_column`).
-
-    With `seeds` every leaf has a leading axis of noise seeds.
-    """
+def programmed_specs(config: ModelConfig, *, dense: bool, per_column: bool) -> ProgrammedWeights:
+    """Where programmed weights go: as targets do; their maxima with the experts, and columns if `per_column`."""
     leaves = abstract_params(config)
-    first = ("seed",) if seeds else ()
 
     def of(spec: P) -> ProgrammedMatrix:
         *stack, _, columns = spec
-        maxima: Any = P(*first, *stack, None, columns if per_column else None)
-        return ProgrammedMatrix(w=P(*first, *spec), weight_max=maxima)
+        maxima: Any = P(*stack, None, columns if per_column else None)
+        return ProgrammedMatrix(w=spec, weight_max=maxima)
 
     def of_layer(layer: Any) -> dict[str, ProgrammedMatrix]:
         if layer is None:

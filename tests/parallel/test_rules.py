@@ -118,13 +118,13 @@ def test_parameters_of_a_mesh_that_lacks_axes() -> None:
         param_shardings(config, odd)
 
 
-def wanted_programmed(path: str, *, per_column: bool, seeds: bool) -> tuple[str | None, ...]:
+def wanted_programmed(path: str, *, per_column: bool) -> tuple[str | None, ...]:
     """Of `layers.NAME.w`, `lm_head.weight_max` and so on."""
     *_, name, field = path.split(".")
     spec = (None, "tensor") if name == "lm_head" else WHERE[PROGRAMMED[name]]
     if field == "weight_max":
-        spec = (*spec[:-2], None, "tensor" if per_column else None)
-    return ("seed", *spec) if seeds else spec
+        return (*spec[:-2], None, "tensor" if per_column else None)
+    return spec
 
 
 @pytest.mark.parametrize(
@@ -147,12 +147,10 @@ def test_programmed_weights_are_cut_as_their_targets(model: str, *, dense: bool,
         jax.eval_shape(lambda: jax.random.key(0)),
         params,
     )
-    for seeds in (False, True):
-        specs = programmed_specs(config, dense=dense, per_column=per_column, seeds=seeds)
-        assert jax.tree.structure(specs) == jax.tree.structure(shapes)
-        for path, found in named(specs).items():
-            assert tuple(found) == wanted_programmed(path, per_column=per_column, seeds=seeds), path
-    for path, found in named(programmed_specs(config, dense=dense, per_column=per_column)).items():
+    specs = programmed_specs(config, dense=dense, per_column=per_column)
+    assert jax.tree.structure(specs) == jax.tree.structure(shapes)
+    for path, found in named(specs).items():
+        assert tuple(found) == wanted_programmed(path, per_column=per_column), path
         shape = named(shapes)[path].shape
         assert len(found) == len(shape), path
         check_cuts(shape, found, shard)
