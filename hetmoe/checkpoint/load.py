@@ -57,6 +57,11 @@ def model_directory(name_or_dir: str | Path, *, config_only: bool = False) -> Pa
         return path
     if isinstance(name_or_dir, str) and looks_like_hub_id(name_or_dir) and not path.exists():
         return download(name_or_dir, config_only=config_only)
+    if path.is_file():
+        raise InputError(
+            f"model {str(name_or_dir)!r}: is a file; give the directory that holds config.json and the weights (of a "
+            "config.json alone, hetmoe info tells what a mesh would take)"
+        )
     raise InputError(
         f"model {str(name_or_dir)!r}: no such directory; give a model directory, a name on the hub such as "
         "'allenai/OLMoE-1B-7B-0924', or 'reference'"

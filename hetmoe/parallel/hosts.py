@@ -67,7 +67,7 @@ class Processes:
         if self.coordinator is None or self.count is None or (self.number is None and self.cluster is None):
             raise InputError("--coordinator HOST:PORT, --processes N and --process I go together: give all three")
         host, _, port = self.coordinator.rpartition(":")
-        if not host or not port.isdecimal():
+        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
             raise InputError(f"--coordinator {self.coordinator!r} must be HOST:PORT, such as 10.0.0.1:1234")
         if self.count < 1:
             raise InputError(f"--processes {self.count} must be at least 1")

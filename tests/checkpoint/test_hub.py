@@ -133,7 +133,7 @@ def test_what_exists_on_disk_is_never_fetched(client, tmp_path, monkeypatch):
     assert load_model(NAME).name == "name"
     shutil.rmtree(folder)
     folder.write_text("a file")
-    refuses(lambda: load_model(NAME), NAME, "no such directory")
+    refuses(lambda: load_model(NAME), NAME, "is a file; give the directory")
     folder.unlink()
     refuses(lambda: load_model(folder), str(folder), "no such directory")  # paths are no names
     assert client[0] == []

@@ -106,6 +106,8 @@ def test_what_differs_or_does_not_fit_is_refused_by_both() -> None:
         ({"count": 2, "number": 0}, "go together"),
         ({"coordinator": "host", "count": 2, "number": 0}, "must be HOST:PORT"),
         ({"coordinator": ":12", "count": 2, "number": 0}, "must be HOST:PORT"),
+        ({"coordinator": "host:65536", "count": 2, "number": 0}, "must be HOST:PORT"),
+        ({"coordinator": "host:1", "count": 0, "number": 0}, "--processes 0 must be at least 1"),
         ({"coordinator": "host:1", "count": 2, "number": 2}, "from 0 to 1"),
         ({"coordinator": "host:1", "count": 2, "number": -1}, "from 0 to 1"),
         ({"cluster": "pbs"}, "use slurm, k8s, mpi"),
