@@ -26,7 +26,8 @@ def check(config: str, wanted: list[str]) -> None:
         # Weights that are programmed layer by layer in the pass are those that were stored.
         if config == "tied":
             assert line["layer"]["high"] < 18 * 4e-7 and line["layer"]["most"] < 0.5, line
-        # A last bit may flip a step of a converter, which is 1/254 of a range: in few tokens, if any.
+        # A last bit may flip a step of a converter, which is 1/254 of a range: in few tokens, if any. Logits of
+        # unrelated tokens are apart by sqrt(2) of their spread, on average.
         assert line["analog"]["high"] < 18 * 4e-7, line
         assert line["analog"]["most"] < 0.5, line
 
