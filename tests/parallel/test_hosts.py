@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -27,32 +28,44 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def two(case: str, *more: object, **variables: str) -> Generator[list[subprocess.Popen[str]]]:
-    """Both processes of a run; what is left of them ends with the test."""
-    port = free_port()
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.parallel.host_cases", case, str(port), "2", str(number), *map(str, more)],
-            cwd=ROOT, env=environment() | variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for number in range(2)
-    ]  # fmt: skip
+def started(commands: list[list[str]], **variables: str) -> Generator[list[subprocess.Popen[str]]]:
+    """Processes side by side; what is left of them ends with the test."""
+    env = environment() | variables
+    processes = [
+        subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for command in commands
+    ]
     try:
-        yield started
+        yield processes
     finally:
-        for process in started:
+        for process in processes:
             process.kill()
             process.communicate()
 
 
+def two(case: str, *more: object, **variables: str) -> contextlib.AbstractContextManager[list[subprocess.Popen[str]]]:
+    """Both processes of a run."""
+    run = [sys.executable, "-m", "tests.parallel.host_cases", case, str(free_port()), "2"]
+    return started([[*run, str(number), *map(str, more)] for number in range(2)], **variables)
+
+
+def text_of(process: subprocess.Popen[str]) -> str:
+    """What a process prints that ends well."""
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == 0, err[-3000:]
+    assert "was ended before" not in err
+    return own(out)
+
+
+def own(out: str) -> str:
+    """Without what the library that connects processes on CPUs prints: several threads, into each other's lines."""
+    lines = out.splitlines(keepends=True)
+    return "".join(line for line in lines if "[Gloo]" not in line and "peer ranks" not in line)
+
+
 def finished(case: str, *more: object, **variables: str) -> list[str]:
     with two(case, *more, **variables) as processes:
-        outputs = [process.communicate(timeout=500) for process in processes]
-        for process, (_, err) in zip(processes, outputs, strict=True):
-            assert process.returncode == 0, err[-3000:]
-            assert "was ended before" not in err
-        # The library that connects processes on CPUs prints that it does.
-        return ["".join(x for x in out.splitlines(keepends=True) if not x.startswith("[Gloo]")) for out, _ in outputs]
+        return [text_of(process) for process in processes]
 
 
 def test_two_processes_find_what_one_does() -> None:
@@ -150,8 +163,7 @@ def of_cluster(arguments: str, number: int, **variables: str) -> subprocess.Pope
 
 
 def said_by(processes: list[subprocess.Popen[str]]) -> list[str]:
-    outs = [process.communicate(timeout=300)[0] for process in processes]
-    return ["".join(x for x in out.splitlines() if not x.startswith("[Gloo]")) for out in outs]
+    return [own(process.communicate(timeout=300)[0]).strip() for process in processes]
 
 
 def test_processes_of_slurm_and_of_a_kubernetes_job_find_each_other() -> None:
@@ -171,3 +183,40 @@ def test_variables_of_a_cluster_that_are_missing_are_named() -> None:
     assert "--cluster slurm" in slurm and "--coordinator" in slurm
     (k8s,) = said_by([of_cluster("cluster='k8s', coordinator='a:1', count=2", 0, JOB_COMPLETION_INDEX="2")])
     assert "JOB_COMPLETION_INDEX='2' must be a number below --processes 2" in k8s
+
+
+def evaluation(folder: Path, name: str) -> contextlib.AbstractContextManager[list[subprocess.Popen[str]]]:
+    """`hetmoe eval` in two processes with four devices each."""
+    options = [
+        "reference", "--tokens", "512", "--seq", "64", "--batch", "8", "--seeds", "2", "--digital", "0.25",
+        "--noise-scale", "2", "--mesh", "data=2,expert=4", "--cpu-devices", "4", "--progress", folder / name,
+        "--json", folder / f"{name}.json", "--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--process",
+    ]  # fmt: skip
+    return started([[sys.executable, "-m", "hetmoe.cli", "eval", *map(str, options), str(n)] for n in range(2)])
+
+
+@pytest.mark.slow  # three evaluations of two processes
+@pytest.mark.parametrize("victim", [0, 1])
+def test_an_evaluation_goes_on_without_a_changed_digit_after_a_process_was_killed(tmp_path: Path, victim: int) -> None:
+    progress = tmp_path / "killed"
+    with evaluation(tmp_path, "killed") as processes:
+        while not progress.exists() or progress.read_bytes().count(b"\n") < 4:
+            assert all(process.poll() is None for process in processes)
+            time.sleep(0.05)
+        processes[victim].send_signal(signal.SIGKILL)
+        since = time.monotonic()
+        _, err = processes[1 - victim].communicate(timeout=100)
+        assert time.monotonic() - since < 60
+        assert processes[1 - victim].returncode not in (0, None)
+        assert f"process {1 - victim} of 2" in err and "kept" in err
+    kept = progress.read_bytes()
+    kept = kept[: kept.rindex(b"\n") + 1]
+    for name in ("killed", "alone"):
+        with evaluation(tmp_path, name) as processes:
+            out, quiet = (text_of(process) for process in processes)
+            assert not quiet
+            assert ("parts of the text are finished" in out) == (name == "killed")
+    assert progress.read_bytes().startswith(kept)
+    killed, alone = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("killed", "alone"))
+    for of in ("text", "digital", "points", "expert_load", "paired_differences"):
+        assert killed[of] == alone[of], of
