@@ -83,7 +83,7 @@ def main() -> None:
     equal = {name: json.dumps(killed[name]) == json.dumps(alone[name]) for name in compared}
     record = {
         "format": "hetmoe-long-evaluation-1",
-        "provenance": provenance(),
+        "provenance": provenance() | {"command": ["python", "experiments/long_evaluation.py"]},
         "command": command("alone"),
         "tokens": alone["text"]["tokens"],
         "parts": parts("alone"),

@@ -95,7 +95,8 @@ def exponent(sizes: list[int], values: list[float]) -> float:
 
 def main() -> None:
     jax.config.update("jax_num_cpu_devices", max(AXES["devices"]))
-    record: dict[str, Any] = {"format": "hetmoe-scaling-1", "provenance": provenance(), "base": BASE, "axes": {}}
+    made_by = provenance() | {"command": ["python", "experiments/scaling.py"]}
+    record: dict[str, Any] = {"format": "hetmoe-scaling-1", "provenance": made_by, "base": BASE, "axes": {}}
     for axis, sizes in AXES.items():
         rows = []
         for size in sizes:

@@ -91,13 +91,11 @@ def main() -> None:
                 "model": model, "topology": topology, "mesh": mesh, "weights": weights, "command": arguments,
                 "found": measure(arguments),
             }  # fmt: skip
-            record = {"format": "hetmoe-sharded-costs-1", "provenance": provenance(), "rows": [*found, row]}
+            made_by = provenance() | {"command": ["python", "experiments/sharded_costs.py"]}
+            record = {"format": "hetmoe-sharded-costs-1", "provenance": made_by, "rows": [*found, row]}
             write_text(RESULTS, json.dumps(record, indent=1) + "\n")
-    print(
-        table(
-            sorted(rows(), key=lambda row: CASES.index((*(row[n] for n in ("model", "topology", "mesh", "weights")),)))
-        )
-    )
+    keys = ("model", "topology", "mesh", "weights")
+    print(table(sorted(rows(), key=lambda row: CASES.index(tuple(row[key] for key in keys)))))
 
 
 if __name__ == "__main__":
