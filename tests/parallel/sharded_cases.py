@@ -34,11 +34,8 @@ CONFIGS = {
     "full": lambda: full_config(**FULL_WIDTHS),
     "tied": lambda: tiny_config(**WIDTHS, num_kv_heads=4, qk_norm="head", qkv_bias=True, tie_embeddings=True),
 }
-TILE_ROWS = {
-    "grouped": 7,
-    "full": 16,
-    "tied": 7,
-}  # all widths are cut into row-blocks; few, where there are many matrices
+# All widths are cut into row-blocks: into few where there are many matrices.
+TILE_ROWS = {"grouped": 7, "full": 16, "tied": 7}
 BATCH, SEQ = 8, 6
 
 
