@@ -77,8 +77,8 @@ def test_dtype_that_cannot_be_given_is_refused(folder: pathlib.Path, dtype: Any)
 
 def test_directory_must_exist(tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").write_text("")
-    for missing in (tmp_path / "nothing", tmp_path / "file"):
-        refused(missing, str(missing), "directory", "reference")
+    refused(tmp_path / "nothing", str(tmp_path / "nothing"), "no such directory", "reference")
+    refused(tmp_path / "file", str(tmp_path / "file"), "is a file", "directory")
 
 
 def test_config_must_be_there_and_readable(folder: pathlib.Path) -> None:
