@@ -93,7 +93,7 @@ def test_a_mesh_of_one_device_and_a_file_of_progress_change_no_number(run: Run, 
     meshed, out = evaluated("--mesh", "data=1", "--progress", progress)
     assert plain["mesh"] is None
     assert meshed["mesh"] == {"axes": {"data": 1, "seed": 1, "expert": 1, "tensor": 1}, "devices": 1, "processes": 1}
-    assert "Memory of each of 1 devices, mesh data=1" in out and "Memory of each" not in plain_out
+    assert "Memory per device, 1 in mesh data=1" in out and "Memory per device" not in plain_out
     assert "Load of experts" in out and plain["expert_load"] == meshed["expert_load"]
     # 128 tokens to 2 experts in each of 4 layers.
     np.testing.assert_array_equal(np.sum(meshed["expert_load"], axis=1), [128 * 2] * 4)

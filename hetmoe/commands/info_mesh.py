@@ -125,6 +125,8 @@ def answer(
                 f"counted once, though it may run more often under uneven load: a round of the experts' exchange, "
                 f"{loop.flops / 1e9:,.1f} GFLOP and {bytes_text(loop.sent_bytes)}"
             )
+        for target, times in found.costs.opaque_calls.items():
+            console.print(f"not counted: the FLOPs of {target}, which runs {times:,} times", markup=False)
         record |= {"compiled_for": question.topology or "cpu", "compiled": analysis_record(found)}
     return record
 
@@ -139,6 +141,7 @@ def analysis_record(found: Analysis) -> dict[str, Any]:
         "collectives": {kind: dataclasses.asdict(traffic) for kind, traffic in found.costs.collectives.items()},
         "sent_bytes": found.costs.sent_bytes,
         "unknown_loops": [dataclasses.asdict(loop) for loop in found.costs.unknown_loops],
+        "uncounted_calls": dict(found.costs.opaque_calls),
     }
 
 

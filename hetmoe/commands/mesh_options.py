@@ -127,9 +127,7 @@ def mesh_record(mesh: jax.sharding.Mesh | None) -> dict[str, Any] | None:
 
 def memory_table(shard: Shard, found: dict[str, int], available: int | None) -> Table:
     """Bytes of one device by what they are for, and of how many."""
-    table = Table(
-        title=f"Memory of each of {parts_of(shard)} devices, mesh {describe_mesh(shard)}", title_justify="left"
-    )
+    table = Table(title=f"Memory per device, {parts_of(shard)} in mesh {describe_mesh(shard)}", title_justify="left")
     table.add_column("for")
     table.add_column("bytes", justify="right")
     total = sum(found.values())

@@ -22,10 +22,10 @@ COLLECTIVES: tuple[Collective, ...] = get_args(Collective)
 
 # Instructions of these kinds run what they call once; what reductions and sorts call per element holds no matmuls.
 _CALLS = ("call", "fusion", "async-start", "call-start", "fusion-start")
-# Custom calls without arithmetic.
-_MOVES = frozenset({
-    "AllocateBuffer", "AsyncCollectiveDone", "AsyncCollectiveStart", "ConcatBitcast", "PrepareAsyncCallDone",
-    "PrepareAsyncCallStart",
+# Custom calls that multiply nothing.
+_NO_PRODUCTS = frozenset({
+    "AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveDone", "AsyncCollectiveStart", "ConcatBitcast",
+    "GatherScatterIndicesBitpacked", "PrepareAsyncCallDone", "PrepareAsyncCallStart", "TopK",
 })  # fmt: skip
 
 
@@ -145,7 +145,7 @@ class _Costs:
         flops = matmul_flops(where, instruction)
         if flops is None:
             target = _target(instruction)
-            return ProgramCosts() if target in _MOVES else ProgramCosts(opaque_calls={target: 1})
+            return ProgramCosts() if target in _NO_PRODUCTS else ProgramCosts(opaque_calls={target: 1})
         return ProgramCosts(flops=flops)
 
     def _loop(self, where: Computation, loop: Instruction) -> ProgramCosts:

@@ -1,5 +1,6 @@
 """Evaluations compiled for devices that are not there."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from rich.console import Console
 
+from hetmoe.commands import info_mesh
+from hetmoe.models.hf_config import config_from_hf
 from hetmoe.ops.grouped_matmul import ragged
+from hetmoe.parallel.analysis import Analysis
+from hetmoe.parallel.program_costs import ProgramCosts
 from hetmoe.parallel.topology import described_devices
 from tests.checkpoint.golden_files import ROOT
 from tests.parallel.processes import output_of
@@ -41,6 +47,7 @@ def test_flops_and_bytes_follow_from_the_shapes(tmp_path: Path) -> None:
     per_layer = attention + tokens * hidden * experts + 3 * blocks * 32 * hidden * inner + added
     head = tokens * hidden * 1024
     assert one["compiled"]["flops"] == 2 * (layers * per_layer + head)
+    assert not one["compiled"]["uncounted_calls"]  # although routers call TopK
     assert not one["compiled"]["collectives"] and one["compiled"]["sent_bytes"] == 0
     weights = layers * (4 * hidden**2 + 4 * hidden + hidden * experts + 3 * experts * hidden * inner)
     weights += 2 * hidden * 1024 + hidden
@@ -57,6 +64,20 @@ def test_what_experts_exchange_is_their_buffers(tmp_path: Path) -> None:
     least, most = (3 * rows * (2048 * wide + 8) * 3 / 4 for wide in (2 + 4, 4 + 4))
     assert least <= found["sent_bytes"] <= most * 1.01
     assert four["compiled"]["unknown_loops"]
+
+
+def test_what_is_not_counted_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = ProgramCosts(flops=7, opaque_calls={"kernel": 3})
+    found = Analysis(arguments=1, results=2, temporaries=3, costs=costs)
+    monkeypatch.setattr(info_mesh, "analyze", lambda *_: found)
+    question = info_mesh.MeshQuestion(
+        mesh="data=1", analyze=True, topology=None, batch=None, seq=None, weights="digital", dtype=None
+    )
+    config, terminal = config_from_hf(OLMOE), io.StringIO()
+    console = Console(file=terminal, width=100)
+    record = info_mesh.answer(question, config, info_mesh.workload_of(question, config), [], console)
+    assert "not counted: the FLOPs of kernel, which runs 3 times" in terminal.getvalue()
+    assert record["compiled"]["uncounted_calls"] == {"kernel": 3}
 
 
 @pytest.mark.slow
