@@ -39,9 +39,9 @@ TILE_ROWS = {"grouped": 7, "full": 16, "tied": 7}
 BATCH, SEQ = 8, 6
 
 
-def meshes(devices: int) -> list[str]:
-    """All meshes of so many devices over the four axes (powers of two)."""
-    sizes = [2**n for n in range(devices.bit_length())]
+def meshes(devices: int, most: int) -> list[str]:
+    """All meshes of so many devices over the four axes: powers of two, up to `most` parts of an axis."""
+    sizes = [2**n for n in range(most.bit_length())]
     return [
         f"data={d},seed={s},expert={e},tensor={t}"
         for d, s, e, t in itertools.product(sizes, repeat=4)
