@@ -1,12 +1,19 @@
 """Options of the command line that say where a command runs: on the one device that this process has."""
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
+from rich.console import Console
+
+from hetmoe.commands.described_model import describe_model
+from hetmoe.commands.mesh_options import MeshOptions
+from hetmoe.parallel.memory import Workload
 
 Run = Callable[..., tuple[int, str, str]]
 SMALL = ("--tokens", "128", "--seq", "32", "--seeds", "1", "--batch", "4", "--input-range", "dynamic")
@@ -28,6 +35,7 @@ BAD = [
     (("--mesh", "data=1", "--rule", "measured"), "rule measured runs on one device: leave out --mesh"),
     (("--mesh", "auto", "--rule", "noise_sensitivity"), "rule noise_sensitivity runs on one device"),
     (("--mesh", "data=1", "--weights", "kernel"), "--weights kernel runs on one device: leave out --mesh"),
+    (("--mesh", "data=1", "--jobs", "2"), "--jobs 2 runs on one device: leave out --mesh"),
     (("--coordinator", "10.0.0.1:1234"), "--coordinator HOST:PORT, --processes N and --process I go together"),
     (("--processes", "2", "--process", "0"), "go together"),
     (("--coordinator", "here", "--processes", "2", "--process", "0"), "--coordinator 'here' must be HOST:PORT"),
@@ -51,6 +59,15 @@ def test_where_it_cannot_run_is_one_line(run: Run, tmp_path: Path, arguments: tu
     err = refused(run, *arguments, "--json", folder / "r.json", "--progress", folder / "progress")
     assert message in err
     assert not folder.exists()
+
+
+def test_what_runs_on_one_of_several_devices_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    run = Workload(batch=8, seq=32, seeds=1, dtype=np.float32, weights="stored", dense=True)
+    terminal = io.StringIO()
+    config = describe_model("reference", "float32", load=False).config
+    assert MeshOptions().choose(config, run, Console(file=terminal), one="--jobs 2") is None
+    assert terminal.getvalue() == "--jobs 2 runs on one of the 8 devices\n"
 
 
 def test_a_device_that_is_too_small_is_one_line(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
