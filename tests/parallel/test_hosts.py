@@ -200,7 +200,9 @@ def evaluation(folder: Path, name: str) -> contextlib.AbstractContextManager[lis
 def test_an_evaluation_goes_on_without_a_changed_digit_after_a_process_was_killed(tmp_path: Path, victim: int) -> None:
     progress = tmp_path / "killed"
     with evaluation(tmp_path, "killed") as processes:
+        deadline = time.monotonic() + 300
         while not progress.exists() or progress.read_bytes().count(b"\n") < 4:
+            assert time.monotonic() < deadline
             assert all(process.poll() is None for process in processes)
             time.sleep(0.05)
         processes[victim].send_signal(signal.SIGKILL)
