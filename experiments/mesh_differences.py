@@ -3,10 +3,10 @@
     python experiments/mesh_differences.py      # docs/experiments/mesh_differences.json
 
 `hetmoe eval reference` on 512 tokens of the embedded text, once without a mesh and once on each of seven meshes of
-eight simulated devices. Programmed weights are equal to the last bit on all of them (`tests/parallel`); sums are
-rounded otherwise only where XLA compiles another program, and a last bit may flip a step of a converter, of which there
-are 254. Takes 5 minutes on two cores. Expected: the digital perplexity equal to 1e-6 of it; most analog ones too, some
-off by a flipped step, which is far below the spread over noise seeds.
+eight simulated devices. Programmed weights are equal to the last bit on any mesh (`tests/parallel` finds it of small
+models); sums are rounded otherwise only where XLA compiles another program, and a last bit may flip a step of a
+converter, of which there are 254. Takes 5 minutes on two cores. Expected: the digital perplexity equal to 1e-6 of it;
+most analog ones too, some off by a flipped step, which is far below the spread over noise seeds.
 """
 
 import json

@@ -76,9 +76,8 @@ def described_devices(name: str) -> list[Any]:
     Compiling ends in an error if a program does not fit the TPUs' memory.
 
     Simulated devices are all in this process and share its CPU; they must be asked for before JAX starts, which is when
-    it first makes an array or lists devices. Compiling for thousands of them takes a minute rather than a second.
-    Running is another matter: each has threads, which wait for each other;
-    256 still run there, 512 do not.
+    it first makes an array or lists devices. To compile for thousands of them is possible; to run on as many is not
+    where the threads of each, which wait for each other, are too many for the machine.
 
     Args:
         name: "tpu:GENERATION:TOPOLOGY", chips along the axes of their torus: "tpu:v5e:4x4", "tpu:v5p:4x4x4",
