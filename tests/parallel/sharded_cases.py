@@ -50,8 +50,8 @@ def meshes(devices: int, most: int) -> list[str]:
 
 
 def hardware(name: str) -> hetmoe.AnalogSpec:
-    """Drift compensated, once with read noise and once with ADCs by column: everything that a mesh could change."""
-    noise = make_read_noise("pcm", 0.02) if name == "grouped" else None
+    """Drift compensated, twice with read noise and once with ADCs by column: everything that a mesh could change."""
+    noise = make_read_noise("pcm", 0.02) if name != "tied" else None
     axis = "column" if name == "tied" else "tile"
     return hetmoe.analog_spec(
         "pcm", time_s=3600.0, drift_compensation=True, tile_rows=TILE_ROWS[name], bound_axis=axis, read_noise=noise
